@@ -1,0 +1,16 @@
+"""The ops: schema, reference and derivatives here; kernels in csrc/ (CPU, CUDA) and fastdiff.kernels (Triton).
+
+The tensor's device picks the implementation through PyTorch's dispatcher. This is the only floor of the package that
+says `torch.ops.fastdiff`.
+"""
+
+from fastdiff.ops import _register
+from fastdiff.ops.add_noise import add_noise
+from fastdiff.ops.denoise_step import denoise_step
+from fastdiff.ops.group_norm_silu import group_norm_silu
+from fastdiff.ops.philox_normal import Domain, philox_normal, seed_tensor
+
+_register.load_native()
+_register.load_triton()
+
+__all__ = ["Domain", "add_noise", "denoise_step", "group_norm_silu", "philox_normal", "seed_tensor"]

@@ -1,0 +1,136 @@
+"""One recipe by which every op reaches PyTorch's dispatcher.
+
+Schema, plain-torch reference (the default on every device), fake, back ends by device, and autograd by an old-style
+``autograd.Function`` below the Autograd key. ``torch.library.register_autograd`` is not used: it gives silently wrong
+forward-mode tangents. Eager functorch transforms refuse old-style functions, so an op's Python wrapper sends those
+calls to a ``setup_context`` twin made from the same two formulas.
+"""
+
+import os
+from collections.abc import Callable
+
+import torch
+from torch.autograd import Function
+
+NAMESPACE = "fastdiff"
+_LIBRARY = torch.library.Library(NAMESPACE, "DEF")
+_OPS: dict[str, str] = {}  # op -> schema, in the order of definition
+
+# Set by load_native(): why there is no native CPU code, or None when it is loaded.
+native_error: str | None = "not loaded yet"
+
+
+def strict() -> bool:
+    """True when FASTDIFF_STRICT=1 asks that no op is served by its reference without being told to."""
+    return os.environ.get("FASTDIFF_STRICT", "0") not in ("", "0")
+
+
+def define(name: str, schema: str, reference: Callable, fake: Callable) -> None:
+    """Define `fastdiff::name` with the reference as its implementation on every device that has no better one."""
+
+    def default(*args, **kwargs):
+        if strict():
+            device = next((a.device.type for a in args if isinstance(a, torch.Tensor)), "cpu")
+            raise RuntimeError(
+                f"fastdiff::{name} has no {device} kernel here and FASTDIFF_STRICT=1 forbids its plain-torch reference; "
+                f"`fastdiff info` says why the kernel is missing. Unset FASTDIFF_STRICT to run the reference."
+            )
+        return reference(*args, **kwargs)
+
+    _LIBRARY.define(name + schema)
+    _LIBRARY.impl(name, default, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_LIBRARY)
+    _OPS[name] = schema
+
+
+def implement(name: str, fn: Callable, key: str) -> None:
+    """Register `fn` as the implementation of `fastdiff::name` under the dispatch key `key` ("CUDA", ...)."""
+    _LIBRARY.impl(name, fn, key)
+
+
+def overload(name: str):
+    """The dispatcher's handle of `fastdiff::name`."""
+    return getattr(getattr(torch.ops, NAMESPACE), name).default
+
+
+def differentiable(name: str, save: Callable, backward: Callable, jvp: Callable) -> Callable:
+    """Give `fastdiff::name` reverse- and forward-mode derivatives; returns the callable for eager functorch calls.
+
+    save(args, out) -> (tensors, rest): what both derivatives need. backward(tensors, rest, needs, *grads) -> gradients
+    of all arguments. jvp(tensors, rest, *tangents) -> tangent of the first output. Outputs after the first are not
+    differentiable.
+    """
+    op = overload(name)
+
+    def keep(ctx, args, out):
+        tensors, ctx.rest = save(args, out)
+        ctx.save_for_backward(*tensors)
+        ctx.save_for_forward(*tensors)
+        if isinstance(out, tuple):
+            ctx.mark_non_differentiable(*out[1:])
+
+    def run_backward(ctx, *grads):
+        return backward(ctx.saved_tensors, ctx.rest, ctx.needs_input_grad, *grads)
+
+    def run_jvp(ctx, *tangents):
+        tangent = jvp(ctx.saved_tensors, ctx.rest, *tangents)
+        return (tangent, None) if ctx.rest["outputs"] == 2 else tangent
+
+    class Below(Function):
+        @staticmethod
+        def forward(ctx, *args):
+            with torch._C._AutoDispatchBelowAutograd():
+                out = op(*args)
+            keep(ctx, args, out)
+            return out
+
+        backward = staticmethod(run_backward)
+        jvp = staticmethod(run_jvp)
+
+    class Twin(Function):
+        @staticmethod
+        def forward(*args):
+            return op(*args)
+
+        setup_context = staticmethod(keep)
+        backward = staticmethod(run_backward)
+        jvp = staticmethod(run_jvp)
+
+    def autograd(*args):
+        return Below.apply(*args)
+
+    _LIBRARY.impl(name, autograd, "Autograd")
+    return Twin.apply
+
+
+def functorch_active() -> bool:
+    """True inside an eager torch.func transform (compiled code traces through the ordinary path)."""
+    return torch._C._are_functorch_transforms_active() and not torch.compiler.is_compiling()
+
+
+def load_native() -> None:
+    """Import the compiled extension, whose static initialisers register the CPU (and CUDA) kernels."""
+    global native_error
+    try:
+        from fastdiff import _C  # noqa: F401
+    except ImportError as error:
+        native_error = str(error)
+    else:
+        native_error = None
+
+
+def load_triton() -> None:
+    """Register the Triton kernels for CUDA tensors; they are imported at the first CUDA call."""
+
+
+def serving(name: str, device: str) -> str:
+    """Which implementation of `fastdiff::name` the dispatcher picks for tensors on `device` ("cpu" or "cuda")."""
+    key = {"cpu": "CPU", "cuda": "CUDA"}[device]
+    if not torch._C._dispatch_has_kernel_for_dispatch_key(f"{NAMESPACE}::{name}", key):
+        return "reference"
+    return "c++" if device == "cpu" else "triton"
+
+
+def names() -> list[str]:
+    """Every op, in the order of definition."""
+    return list(_OPS)
