@@ -1,0 +1,244 @@
+"""Model: a network with its schedule, prediction and provenance; `wrap`, `load` and `Model.save`."""
+
+import dataclasses
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from fastdiff import schedules
+from fastdiff.denoiser import Denoiser, Prediction
+from fastdiff.nn import PositionalEmbedding
+from fastdiff.schedules import Schedule
+from fastdiff.unet import UNet, UNetConfig
+
+ASSETS = Path(__file__).parent / "assets"
+FORMAT = 1
+FAMILIES = ("diffusion", "consistency")
+
+
+class CheckpointError(ValueError):
+    """A file is no fastdiff checkpoint, or a damaged one; the message says which and what to do."""
+
+
+@dataclasses.dataclass
+class Model:
+    """What `fastdiff.sample` needs: F(x, c_noise[, labels]), how to read it, and where it came from.
+
+    family: "diffusion" (D is the posterior mean at every t) or "consistency" (D is the image at the end of the path).
+    shape: (C, H, W) of one image; labels: number of classes, 0 for an unconditional model.
+    times: recommended times of the evaluations for each nfe, {2: [80.0, 0.821]}.
+    info: provenance, plain JSON values: licence, training command, data.
+    """
+
+    network: Callable[..., Tensor]
+    schedule: Schedule
+    prediction: Prediction
+    family: str = "diffusion"
+    shape: tuple[int, int, int] | None = None
+    labels: int = 0
+    times: dict[int, list[float]] = dataclasses.field(default_factory=dict)
+    info: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self):
+        if self.family not in FAMILIES:
+            raise ValueError(f"family: {self.family!r} is not known; use one of {', '.join(FAMILIES)}")
+        if not isinstance(self.schedule, Schedule):
+            raise TypeError(f"schedule: expected a fastdiff.schedules object such as EDM(), got {self.schedule!r}")
+
+    @property
+    def denoiser(self) -> Denoiser:
+        return Denoiser(self.network, self.schedule, self.prediction)
+
+    @property
+    def state(self) -> dict[str, Tensor]:
+        """The network's weights; empty for a plain callable."""
+        return dict(self.network.state_dict()) if isinstance(self.network, nn.Module) else {}
+
+    def hash(self) -> str:
+        """First 16 hexadecimal digits of the SHA-256 of description and weights."""
+        digest = hashlib.sha256(json.dumps(self._description(), sort_keys=True).encode())
+        for key, value in sorted(self.state.items()):
+            digest.update(key.encode())
+            digest.update(value.detach().float().cpu().contiguous().numpy().tobytes())
+        return digest.hexdigest()[:16]
+
+    def _description(self) -> dict[str, Any]:
+        network = {"class": type(self.network).__name__}
+        if isinstance(self.network, UNet):
+            network["config"] = dataclasses.asdict(self.network.config)
+        return {
+            "format": FORMAT,
+            "network": network,
+            "schedule": schedules.to_dict(self.schedule),
+            "prediction": dataclasses.asdict(self.prediction),
+            "family": self.family,
+            "shape": self.shape,
+            "labels": self.labels,
+            "times": {str(k): v for k, v in self.times.items()},
+        }
+
+    def save(self, path: str | os.PathLike, dtype: torch.dtype | None = None) -> None:
+        """Write one .safetensors file, all of it or nothing; `dtype` (torch.float16, say) is that of the stored weights."""
+        if not isinstance(self.network, UNet):
+            raise TypeError(
+                f"network: only a fastdiff.UNet can be saved with its architecture, this is a {type(self.network).__name__}; "
+                f"save its weights with its own library"
+            )
+        state = {k: (v.to(dtype) if dtype and v.is_floating_point() else v).contiguous() for k, v in self.state.items()}
+        metadata = {"fastdiff": json.dumps(self._description() | {"info": self.info})}
+        atomically(path, lambda temporary: save_file(state, temporary, metadata=metadata))
+
+
+def atomically(path: str | os.PathLike, write: Callable[[str], None]) -> None:
+    """Call write(temporary name in the same folder), then move it to `path`: a reader never sees half a file."""
+    path = Path(path)
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"{path}: the folder {path.parent} does not exist; create it first")
+    try:
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
+    except OSError as error:
+        raise PermissionError(f"{path}: cannot write in {path.parent} ({error.strerror}); choose another place") from error
+    os.close(handle)
+    try:
+        write(temporary)
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o666 & ~_umask())
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def wrap(
+    network: Callable[..., Tensor],
+    *,
+    schedule: Schedule,
+    prediction: str | Prediction = "eps",
+    shape: tuple[int, int, int] | None = None,
+    labels: int = 0,
+    family: str = "diffusion",
+    precondition: bool = False,
+) -> Model:
+    """Make any callable net(x, t) or net(x, t, labels) a model.
+
+    Args:
+        network: gets x [B, C, H, W] and t [B] in the schedule's own time; returns [B, C, H, W].
+        schedule: how its training data was noised, an object of `fastdiff.schedules`.
+        prediction: what it returns: eps, x0, v, score, flow, edm or consistency (see `Prediction`).
+        shape: (C, H, W) of an image; taken from a `fastdiff.UNet`.
+        labels: number of classes; 0 when it takes no labels.
+        family: "diffusion" or "consistency".
+        precondition: the network gets c_in x and c_noise in place of x and t.
+
+    Raises: TypeError, ValueError naming the argument.
+    """
+    if not callable(network):
+        raise TypeError(f"network: {network!r} cannot be called; pass a function or torch.nn.Module net(x, t)")
+    if isinstance(prediction, str):
+        prediction = Prediction(prediction)
+    if isinstance(network, UNet):
+        config = network.config
+        shape, labels = shape or (config.in_channels, config.resolution, config.resolution), config.labels
+    prediction = dataclasses.replace(prediction, raw=not precondition)
+    return Model(network, schedule, prediction, family, None if shape is None else tuple(shape), labels)
+
+
+def packaged(nfe: int | None = None) -> Path:
+    """The packaged MNIST model: the consistency model up to 8 evaluations, its EDM teacher beyond."""
+    return ASSETS / ("mnist-edm.safetensors" if nfe is not None and nfe > 8 else "mnist-ect.safetensors")
+
+
+def load(source: str | os.PathLike | Model, device: str | torch.device = "cpu") -> Model:
+    """Read a model from a fastdiff checkpoint, or pass a `Model` through.
+
+    Args:
+        source: a path, or the name of a packaged model ("mnist-ect", "mnist-edm"). No code in the file is run.
+        device: where the weights go.
+
+    Raises: FileNotFoundError; CheckpointError for a truncated, foreign or inconsistent file, or weights that are not
+    finite; TypeError for anything else, a network without its schedule in particular.
+    """
+    if isinstance(source, Model):
+        return source
+    if isinstance(source, nn.Module) or callable(source):
+        raise TypeError(
+            f"model: a {type(source).__name__} alone does not say how it was trained; wrap it with its schedule and "
+            f"prediction: fastdiff.wrap(net, schedule=fastdiff.schedules.EDM(), prediction='eps', shape=(3, 32, 32))"
+        )
+    if not isinstance(source, (str, os.PathLike)):
+        raise TypeError(f"model: expected a path, a packaged name, a Model or None, got {type(source).__name__}")
+    path = Path(source)
+    if not path.exists() and (ASSETS / f"{source}.safetensors").is_file():
+        path = ASSETS / f"{source}.safetensors"
+    if not path.is_file():
+        names = ", ".join(sorted(p.stem for p in ASSETS.glob("*.safetensors")))
+        raise FileNotFoundError(f"model: {source} is no file; give the path of a checkpoint or a packaged name ({names})")
+    description, state = _read(path)
+    return _build(path, description, state, device)
+
+
+def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    try:
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+            state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - safe_open is no mapping
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(
+            f"model: {path} is truncated or not a .safetensors file ({error}); copy it again or give another file"
+        ) from error
+    if "fastdiff" not in metadata:
+        raise CheckpointError(
+            f"model: {path} is a .safetensors file of another program: it has no fastdiff description. Build the network "
+            f"yourself, load these weights into it and use fastdiff.wrap(net, schedule=..., prediction=...)"
+        )
+    description = json.loads(metadata["fastdiff"])
+    if description.get("format") != FORMAT:
+        raise CheckpointError(
+            f"model: {path} has format {description.get('format')}, this fastdiff reads {FORMAT}; update fastdiff"
+        )
+    return description, state
+
+
+def _build(path: Path, description: dict[str, Any], state: dict[str, Tensor], device) -> Model:
+    for key, value in state.items():
+        if value.is_floating_point() and not torch.isfinite(value).all():
+            bad = int((~torch.isfinite(value)).sum())
+            raise CheckpointError(
+                f"model: {bad} of {value.numel()} weights of {key} in {path} are NaN or infinite; training diverged or the "
+                f"file is damaged, use an earlier checkpoint"
+            )
+    with torch.device("meta"):
+        network = UNet(UNetConfig(**description["network"]["config"]))
+    network = network.to_empty(device="cpu")
+    try:
+        network.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in state.items()})
+    except RuntimeError as error:
+        raise CheckpointError(f"model: the weights in {path} do not fit its own description: {error}") from error
+    if isinstance(network.time, PositionalEmbedding):
+        network.time.reset()
+    return Model(
+        network=network.to(device).eval().requires_grad_(False),
+        schedule=schedules.from_dict(description["schedule"]),
+        prediction=Prediction(**description["prediction"]),
+        family=description["family"],
+        shape=tuple(description["shape"]),
+        labels=description["labels"],
+        times={int(k): v for k, v in description["times"].items()},
+        info=description.get("info", {}),
+    )

@@ -1,0 +1,171 @@
+"""The modules a diffusion U-Net is built from, thin over `fastdiff.ops`."""
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from fastdiff import ops
+
+
+def _initialise(layer: nn.Conv2d | nn.Linear, gain: float = 1.0) -> None:
+    """Uniform with variance gain / fan_average (DDPM's initialiser); gain 0 makes a branch start as the identity."""
+    if gain == 0:
+        nn.init.zeros_(layer.weight)
+    else:
+        nn.init.xavier_uniform_(layer.weight, gain=math.sqrt(gain))
+    if layer.bias is not None:
+        nn.init.zeros_(layer.bias)
+
+
+class Conv2d(nn.Conv2d):
+    """Same-size convolution (stride 1) or halving convolution (stride 2), initialised as in DDPM."""
+
+    def __init__(self, inputs: int, outputs: int, kernel: int = 3, stride: int = 1, gain: float = 1.0):
+        super().__init__(inputs, outputs, kernel, stride, padding=kernel // 2)
+        _initialise(self, gain)
+
+
+class Linear(nn.Linear):
+    """Fully connected layer, initialised as in DDPM."""
+
+    def __init__(self, inputs: int, outputs: int, gain: float = 1.0):
+        super().__init__(inputs, outputs)
+        _initialise(self, gain)
+
+
+class GroupNormSiLU(nn.Module):
+    """GroupNorm, optional per-sample shift, scale and SiLU in one pass: see `fastdiff.ops.group_norm_silu`."""
+
+    def __init__(self, channels: int, groups: int, eps: float, silu: bool = True):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(channels))
+        self.bias = nn.Parameter(torch.zeros(channels))
+        self.groups, self.eps, self.silu = groups, eps, silu
+
+    def forward(
+        self, x: Tensor, add: Tensor | None = None, scale: Tensor | None = None, shift: Tensor | None = None
+    ) -> Tensor:
+        return ops.group_norm_silu(x, self.weight, self.bias, self.groups, self.eps, add, scale, shift, silu=self.silu)
+
+    def extra_repr(self) -> str:
+        return f"{self.weight.numel()}, groups={self.groups}, eps={self.eps}, silu={self.silu}"
+
+
+class Attention(nn.Module):
+    """Self-attention over the pixels: (x + proj(softmax(q k^T / sqrt(d)) v)) skip_scale, q, k, v from GroupNorm(x)."""
+
+    def __init__(self, channels: int, heads: int, groups: int, eps: float, skip_scale: float):
+        super().__init__()
+        self.norm = GroupNormSiLU(channels, groups, eps, silu=False)
+        self.qkv = Conv2d(channels, 3 * channels, kernel=1)
+        self.proj = Conv2d(channels, channels, kernel=1, gain=0)
+        self.heads, self.skip_scale = heads, skip_scale
+
+    def forward(self, x: Tensor) -> Tensor:
+        b, c, h, w = x.shape
+        # [B, 3, heads, C/heads, HW] -> q, k, v [B, heads, HW, C/heads]
+        q, k, v = self.qkv(self.norm(x)).reshape(b, 3, self.heads, c // self.heads, h * w).transpose(-1, -2).unbind(1)
+        y = functional.scaled_dot_product_attention(q, k, v)
+        y = self.proj(y.transpose(-1, -2).reshape(b, c, h, w))
+        return (x + y) * self.skip_scale
+
+
+def resample(x: Tensor, change: str) -> Tensor:
+    """Halve by 2x2 means ("down"), double by nearest neighbour ("up"), or leave as it is ("")."""
+    if change == "down":
+        return functional.avg_pool2d(x, 2)
+    if change == "up":
+        return functional.interpolate(x, scale_factor=2, mode="nearest")
+    return x
+
+
+class ResBlock(nn.Module):
+    """norm-SiLU-(resample)-conv, conditioned norm-SiLU-dropout-conv, plus a skip path; attention where asked.
+
+    The embedding enters the second norm as a shift of its input ("add", DDPM) or of its output with a scale
+    ("scale_shift", Improved DDPM and ADM).
+    """
+
+    def __init__(self, inputs: int, outputs: int, config, attention: bool = False, change: str = ""):
+        super().__init__()
+        eps, groups = config.eps, config.groups_of
+        self.change, self.conditioning, self.skip_scale = change, config.conditioning, config.skip_scale
+        self.norm0 = GroupNormSiLU(inputs, groups(inputs), eps)
+        self.conv0 = Conv2d(inputs, outputs)
+        self.condition = Linear(config.embedding_width, outputs * (2 if self.conditioning == "scale_shift" else 1))
+        self.norm1 = GroupNormSiLU(outputs, groups(outputs), eps)
+        self.dropout = nn.Dropout(config.dropout)
+        self.conv1 = Conv2d(outputs, outputs, gain=0)
+        project = inputs != outputs or (change and config.project_resampled)
+        self.skip = Conv2d(inputs, outputs, kernel=1) if project else None
+        heads = config.heads_of(outputs)
+        self.attention = Attention(outputs, heads, groups(outputs), eps, self.skip_scale) if attention else None
+
+    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
+        h = self.conv0(resample(self.norm0(x), self.change))
+        condition = self.condition(embedding)
+        if self.conditioning == "scale_shift":
+            scale, shift = condition.chunk(2, dim=1)
+            h = self.norm1(h, scale=scale, shift=shift)
+        else:
+            h = self.norm1(h, add=condition)
+        h = self.conv1(self.dropout(h))
+        x = resample(x, self.change)
+        x = (x if self.skip is None else self.skip(x)) + h
+        if self.skip_scale != 1:
+            x = x * self.skip_scale
+        return x if self.attention is None else self.attention(x)
+
+
+class Downsample(nn.Module):
+    """Halving by a 3x3 convolution of stride 2 (DDPM)."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.conv = Conv2d(channels, channels, stride=2)
+
+    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
+        return self.conv(x)
+
+
+class Upsample(nn.Module):
+    """Doubling by nearest neighbour and a 3x3 convolution (DDPM)."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.conv = Conv2d(channels, channels)
+
+    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
+        return self.conv(resample(x, "up"))
+
+
+class PositionalEmbedding(nn.Module):
+    """[B] -> [B, channels]: sines, then cosines, of c_noise times frequencies 10000^(-i/(half-1)) (Vaswani 2017, DDPM)."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.half = channels // 2
+        self.reset()
+
+    def reset(self) -> None:
+        """Compute the frequencies, which no checkpoint holds."""
+        frequencies = 10000.0 ** (-torch.arange(self.half, dtype=torch.float64) / max(self.half - 1, 1))
+        self.register_buffer("frequencies", frequencies.float(), persistent=False)
+
+    def forward(self, c_noise: Tensor) -> Tensor:
+        angle = torch.outer(c_noise, self.frequencies.to(c_noise.dtype))
+        return torch.cat((angle.sin(), angle.cos()), dim=1)
+
+
+class FourierEmbedding(nn.Module):
+    """[B] -> [B, channels]: sines, then cosines, of 2 pi c_noise times fixed random frequencies (score SDE, NCSN++)."""
+
+    def __init__(self, channels: int, scale: float = 16.0):
+        super().__init__()
+        self.register_buffer("frequencies", torch.randn(channels // 2) * scale)
+
+    def forward(self, c_noise: Tensor) -> Tensor:
+        angle = torch.outer(c_noise, 2 * math.pi * self.frequencies.to(c_noise.dtype))
+        return torch.cat((angle.sin(), angle.cos()), dim=1)

@@ -1,0 +1,7 @@
+"""Training: losses (one file per family), the trainer, its data and its presets."""
+
+from fastdiff.training.config import PRESETS, TrainConfig
+from fastdiff.training.data import ImageData, load_mnist
+from fastdiff.training.trainer import Trainer
+
+__all__ = ["PRESETS", "ImageData", "TrainConfig", "Trainer", "load_mnist"]
