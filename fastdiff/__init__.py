@@ -1,3 +1,35 @@
-"""fastdiff: fused kernels that make diffusion models fast."""
+"""fastdiff: fused kernels that make diffusion models fast, and everything around them that makes it usable.
 
-__version__ = "0.1.0"
+import fastdiff
+images = fastdiff.sample(nfe=2, seeds=range(64))    # float32 [64, 1, 28, 28] in [-1, 1]
+"""
+
+from fastdiff import ops, samplers, schedules
+from fastdiff.denoiser import Denoiser, Prediction
+from fastdiff.info import info
+from fastdiff.model import CheckpointError, Model, load, wrap
+from fastdiff.plan import Plan
+from fastdiff.sample import Samples, make_plan, run, sample
+from fastdiff.unet import UNet, UNetConfig
+from fastdiff.version import __version__
+
+__all__ = [
+    "CheckpointError",
+    "Denoiser",
+    "Model",
+    "Plan",
+    "Prediction",
+    "Samples",
+    "UNet",
+    "UNetConfig",
+    "__version__",
+    "info",
+    "load",
+    "make_plan",
+    "ops",
+    "run",
+    "sample",
+    "samplers",
+    "schedules",
+    "wrap",
+]

@@ -6,25 +6,30 @@ from typing import Annotated
 
 import typer
 
+# Written out, so that --help need not import torch; a test holds it to SAMPLERS.
+NAMES = ("auto", "consistency", "ddim", "ddpm", "euler", "euler-maruyama", "heun")
+
 app = typer.Typer(
     name="fastdiff",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"max_content_width": 110},
     help="Few-step images from diffusion and consistency models. Start with: fastdiff sample --n 64 --out digits.png",
 )
 
 
 @app.command()
 def sample(
-    model: Annotated[str | None, typer.Argument(help="Checkpoint or packaged name; the packaged MNIST model by default.")] = None,
-    nfe: Annotated[int | None, typer.Option(help="Network evaluations per image. [default: 2]", show_default=False)] = None,
-    n: Annotated[int | None, typer.Option(help="Number of images, from fresh seeds. [default: 64]", show_default=False)] = None,
+    model: Annotated[str | None, typer.Argument(help="Checkpoint or packaged name. [default: packaged MNIST]")] = None,
+    nfe: Annotated[int | None, typer.Option(help="Network evaluations per image. [default: 2]")] = None,
+    n: Annotated[int | None, typer.Option(help="Number of images, from fresh seeds. [default: 64]")] = None,
     seeds: Annotated[str | None, typer.Option(help="Seeds instead of --n, such as 0-63 or 1,5,9: one image each.")] = None,
-    labels: Annotated[str | None, typer.Option(help="Classes, one for all or one each, such as 7 or 0,1,2. [default: seed mod classes]")] = None,
+    labels: Annotated[str | None, typer.Option(help="Classes, 7 or 0,1,2. [default: seed modulo classes]")] = None,
     out: Annotated[Path, typer.Option(help="PNG to write: a grid whose metadata can repeat it.")] = Path("samples.png"),
     like: Annotated[Path | None, typer.Option(help="Repeat the request stored in this PNG.")] = None,
-    sampler: Annotated[str | None, typer.Option(help="auto, consistency, ddim, ddpm, euler, euler-maruyama or heun.")] = None,
+    sampler: Annotated[str | None, typer.Option(help="One of " + ", ".join(NAMES) + ".")] = None,
     times: Annotated[str | None, typer.Option(help="Where to evaluate, such as 80,0.821 (consistency, ddim, ddpm).")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Images per network call.")] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1. [default: a GPU where there is one]")] = None,
@@ -32,13 +37,11 @@ def sample(
 ) -> None:
     """Draw images and write them as one PNG.
 
+    \b
     fastdiff sample --nfe 2 --n 64 --out digits.png     64 digits in two evaluations each
-
-    fastdiff sample --labels 7 --seeds 0-15              sixteen sevens, always the same ones
-
-    fastdiff sample mnist-edm --nfe 35                   the slow, careful teacher
-
-    fastdiff sample --like digits.png --out again.png    the same images again
+    fastdiff sample --labels 7 --seeds 0-15             sixteen sevens, always the same ones
+    fastdiff sample mnist-edm --nfe 35                  the slow, careful teacher
+    fastdiff sample --like digits.png --out again.png   the same images again
     """
     from fastdiff.commands import sample_command
 
@@ -50,21 +53,21 @@ def train(
     preset: Annotated[str, typer.Option(help="mnist-ddpm, mnist-edm or mnist-ect.")],
     data: Annotated[Path, typer.Option(help="Folder with the data set: MNIST's four files, or MNIST/raw/ in it.")],
     out: Annotated[Path, typer.Option(help="Folder of the run. The same command again continues a run that was stopped.")],
-    init: Annotated[str | None, typer.Option(help="Checkpoint to start from; mnist-ect needs a trained mnist-edm model.")] = None,
+    init: Annotated[str | None, typer.Option(help="Checkpoint to start from; mnist-ect needs one of mnist-edm.")] = None,
     images: Annotated[int | None, typer.Option(help="Training images to see, in place of the preset's number.")] = None,
     batch: Annotated[int | None, typer.Option(help="Images per step.")] = None,
     lr: Annotated[float | None, typer.Option(help="Largest learning rate.")] = None,
     seed: Annotated[int | None, typer.Option(help="Everything random follows from it.")] = None,
     device: Annotated[str | None, typer.Option(help="cpu or cuda. [default: a GPU where there is one]")] = None,
-    bf16: Annotated[bool | None, typer.Option(help="bfloat16 autocast. [default: where the machine has it]", show_default=False)] = None,
+    bf16: Annotated[bool | None, typer.Option(help="bfloat16 autocast. [default: where the machine has it]")] = None,
     checkpoint_every: Annotated[int, typer.Option(help="Images between checkpoints.")] = 25_600,
     report_every: Annotated[int, typer.Option(help="Images between sample grids and loss curves; 0: none.")] = 51_200,
     download: Annotated[bool, typer.Option("--download", help="Fetch the data set if it is missing.")] = False,
 ) -> None:
     """Train a model: a DDPM, an EDM, or by easy consistency tuning (ECT) a few-step model from an EDM.
 
+    \b
     fastdiff train --preset mnist-edm --data mnist --out runs/edm
-
     fastdiff train --preset mnist-ect --init runs/edm/model.safetensors --data mnist --out runs/ect
 
     The folder of the run holds model.safetensors (for fastdiff sample), loss.csv, loss.png, sample grids and state.pt.

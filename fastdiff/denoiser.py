@@ -97,7 +97,7 @@ class Prediction:
 
 
 class Denoiser:
-    """D(x, t): a network with its schedule and prediction. The estimate of x0 in float32 whatever the network computes in."""
+    """D(x, t): a network with its schedule and prediction. D is float32 whatever the network computes in."""
 
     def __init__(self, network, schedule: Schedule, prediction: Prediction):
         self.network, self.schedule, self.prediction = network, schedule, prediction

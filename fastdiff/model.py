@@ -72,7 +72,7 @@ class Model:
         return digest.hexdigest()[:16]
 
     def _description(self) -> dict[str, Any]:
-        network = {"class": type(self.network).__name__}
+        network: dict[str, Any] = {"class": type(self.network).__name__}
         if isinstance(self.network, UNet):
             network["config"] = dataclasses.asdict(self.network.config)
         return {
@@ -90,8 +90,8 @@ class Model:
         """Write one .safetensors file, all of it or nothing; `dtype` (torch.float16, say) is that of the stored weights."""
         if not isinstance(self.network, UNet):
             raise TypeError(
-                f"network: only a fastdiff.UNet can be saved with its architecture, this is a {type(self.network).__name__}; "
-                f"save its weights with its own library"
+                f"network: only a fastdiff.UNet can be saved with its architecture, this is a "
+                f"{type(self.network).__name__}; save its weights with its own library"
             )
         state = {k: (v.to(dtype) if dtype and v.is_floating_point() else v).contiguous() for k, v in self.state.items()}
         metadata = {"fastdiff": json.dumps(self._description() | {"info": self.info})}
@@ -156,7 +156,7 @@ def wrap(
         config = network.config
         shape, labels = shape or (config.in_channels, config.resolution, config.resolution), config.labels
     prediction = dataclasses.replace(prediction, raw=not precondition)
-    return Model(network, schedule, prediction, family, None if shape is None else tuple(shape), labels)
+    return Model(network, schedule, prediction, family, shape, labels)
 
 
 def packaged(nfe: int | None = None) -> Path:

@@ -40,6 +40,8 @@ class GroupNormSiLU(nn.Module):
 
     def __init__(self, channels: int, groups: int, eps: float, silu: bool = True):
         super().__init__()
+        if channels % groups:
+            raise ValueError(f"groups: {groups} groups do not divide {channels} channels; change UNetConfig.groups or channels")
         self.weight = nn.Parameter(torch.ones(channels))
         self.bias = nn.Parameter(torch.zeros(channels))
         self.groups, self.eps, self.silu = groups, eps, silu
@@ -144,14 +146,16 @@ class Upsample(nn.Module):
 class PositionalEmbedding(nn.Module):
     """[B] -> [B, channels]: sines, then cosines, of c_noise times frequencies 10000^(-i/(half-1)) (Vaswani 2017, DDPM)."""
 
+    frequencies: Tensor
+
     def __init__(self, channels: int):
         super().__init__()
-        self.half = channels // 2
+        self.count = channels // 2
         self.reset()
 
     def reset(self) -> None:
         """Compute the frequencies, which no checkpoint holds."""
-        frequencies = 10000.0 ** (-torch.arange(self.half, dtype=torch.float64) / max(self.half - 1, 1))
+        frequencies = 10000.0 ** (-torch.arange(self.count, dtype=torch.float64) / max(self.count - 1, 1))
         self.register_buffer("frequencies", frequencies.float(), persistent=False)
 
     def forward(self, c_noise: Tensor) -> Tensor:
@@ -161,6 +165,8 @@ class PositionalEmbedding(nn.Module):
 
 class FourierEmbedding(nn.Module):
     """[B] -> [B, channels]: sines, then cosines, of 2 pi c_noise times fixed random frequencies (score SDE, NCSN++)."""
+
+    frequencies: Tensor
 
     def __init__(self, channels: int, scale: float = 16.0):
         super().__init__()

@@ -141,9 +141,9 @@ def execute(
     Nothing here reads the device from the host. on_row(i, x) is called after each row.
     """
     b = prepare(plan, seeds, shape, dtype, x_T)
-    table, codes = plan.tables()
-    coefficients = torch.from_numpy(table).to(b.x.device, b.x.dtype)
-    codes = torch.from_numpy(codes).to(b.x.device)
+    tables = plan.tables()
+    coefficients = torch.from_numpy(tables[0]).to(b.x.device, b.x.dtype)
+    codes = torch.from_numpy(tables[1]).to(b.x.device)
     extra = [] if labels is None else [labels]
     for i, row in enumerate(plan.rows):
         output = None

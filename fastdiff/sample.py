@@ -187,7 +187,7 @@ def _seeds(seeds: Iterable[int] | None, n: int | None) -> list[int]:
             raise ValueError(f"n: {n!r} images cannot be made; give an integer >= 1")
         first = secrets.randbelow(FRESH_SEEDS)
         return list(range(first, first + count))
-    listed = [seeds] if hasattr(seeds, "__index__") and not isinstance(seeds, Tensor) else list(seeds)
+    listed: list[Any] = [seeds] if isinstance(seeds, int) else list(seeds)
     if not listed:
         raise ValueError("seeds: the list is empty; give one integer per image, or leave seeds out and give n")
     if n is not None and n != len(listed):
@@ -207,7 +207,7 @@ def _labels(labels, seeds: list[int], model: Model) -> list[int] | None:
         return None
     if labels is None:
         return [seed % model.labels for seed in seeds]
-    listed = labels.tolist() if isinstance(labels, Tensor) else labels
+    listed: Any = labels.tolist() if isinstance(labels, Tensor) else labels
     listed = [listed] * len(seeds) if hasattr(listed, "__index__") else list(listed)
     if len(listed) == 1:
         listed = listed * len(seeds)

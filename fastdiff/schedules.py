@@ -6,6 +6,7 @@ continuous VP, sub-VP and flows, the step index for discrete DDPM.
 """
 
 import dataclasses
+import functools
 import math
 from typing import ClassVar
 
@@ -23,8 +24,14 @@ class Schedule:
     """
 
     name: ClassVar[str]
-    t_min: float
-    t_max: float
+
+    @property
+    def t_min(self) -> float:
+        raise NotImplementedError
+
+    @property
+    def t_max(self) -> float:
+        raise NotImplementedError
 
     def alpha(self, t: ArrayLike) -> Array:
         raise NotImplementedError
@@ -58,7 +65,9 @@ class Schedule:
         t = np.asarray(t, dtype=np.float64)
         bad = t[~((t >= self.t_min * (1 - 1e-9)) & (t <= self.t_max * (1 + 1e-9)))]
         if bad.size:
-            raise ValueError(f"{name}: {bad.flat[0]} lies outside {type(self).__name__}'s range {self.t_min} ... {self.t_max}")
+            raise ValueError(
+                f"{name}: {bad.flat[0]} lies outside {type(self).__name__}'s range {self.t_min} ... {self.t_max}"
+            )
         return t
 
 
@@ -191,7 +200,10 @@ class DDPM(Schedule):
             raise ValueError(f"law: {self.law!r} is not known; use 'linear' or 'cosine'")
         if self.T < 2:
             raise ValueError(f"T: {self.T} is too small; use at least 2 steps")
-        object.__setattr__(self, "_log_alpha2", np.cumsum(np.log1p(-self.betas)))
+
+    @functools.cached_property
+    def _log_alpha2(self) -> Array:
+        return np.cumsum(np.log1p(-self.betas))
 
     @property
     def betas(self) -> Array:
@@ -274,7 +286,7 @@ KINDS: dict[str, type[Schedule]] = {cls.name: cls for cls in (EDM, VE, VP, SubVP
 
 def to_dict(schedule: Schedule) -> dict:
     """Plain values from which `from_dict` makes the schedule again."""
-    return {"name": schedule.name, **dataclasses.asdict(schedule)}
+    return {"name": schedule.name, **dataclasses.asdict(schedule)}  # type: ignore[call-overload]
 
 
 def from_dict(values: dict) -> Schedule:

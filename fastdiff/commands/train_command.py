@@ -46,7 +46,7 @@ def run(
     config = dataclasses.replace(config, **{k: v for k, v in changes.items() if v is not None})
     _positive(config)
     if config.init and init is None:
-        raise ValueError(f"init: preset {preset} starts from a trained {config.init} model; give --init RUN/model.safetensors")
+        raise ValueError(f"init: {preset} starts from a trained {config.init} model; give --init RUN/model.safetensors")
     start = None if init is None else load(init)
     images = load_mnist(data, download=download, seed=config.seed)
     info = {

@@ -5,6 +5,7 @@ says `torch.ops.fastdiff`.
 """
 
 from fastdiff.ops import _register
+from fastdiff.ops._serving import Served, implementations, native
 from fastdiff.ops.add_noise import add_noise
 from fastdiff.ops.denoise_step import denoise_step
 from fastdiff.ops.group_norm_silu import group_norm_silu
@@ -13,4 +14,14 @@ from fastdiff.ops.philox_normal import Domain, philox_normal, seed_tensor
 _register.load_native()
 _register.load_triton()
 
-__all__ = ["Domain", "add_noise", "denoise_step", "group_norm_silu", "philox_normal", "seed_tensor"]
+__all__ = [
+    "Domain",
+    "Served",
+    "add_noise",
+    "denoise_step",
+    "group_norm_silu",
+    "implementations",
+    "native",
+    "philox_normal",
+    "seed_tensor",
+]

@@ -6,6 +6,7 @@ forward-mode tangents. Eager functorch transforms refuse old-style functions, so
 calls to a ``setup_context`` twin made from the same two formulas.
 """
 
+import importlib.util
 import os
 from collections.abc import Callable
 
@@ -18,6 +19,11 @@ _OPS: dict[str, str] = {}  # op -> schema, in the order of definition
 
 # Set by load_native(): why there is no native CPU code, or None when it is loaded.
 native_error: str | None = "not loaded yet"
+
+# Set by load_triton(): why there are no Triton kernels, or None when they are registered.
+triton_error: str | None = "not loaded yet"
+KERNELS = "fastdiff.kernels"
+_TRITON: set[str] = set()  # the ops that Triton serves
 
 
 def strict() -> bool:
@@ -92,7 +98,7 @@ def differentiable(name: str, save: Callable, backward: Callable, jvp: Callable)
         def forward(*args):
             return op(*args)
 
-        setup_context = staticmethod(keep)
+        setup_context = staticmethod(keep)  # type: ignore[assignment]
         backward = staticmethod(run_backward)
         jvp = staticmethod(run_jvp)
 
@@ -114,21 +120,50 @@ def load_native() -> None:
     try:
         from fastdiff import _C  # noqa: F401
     except ImportError as error:
-        native_error = str(error)
+        absent = isinstance(error, ModuleNotFoundError) or "cannot import name '_C'" in str(error)
+        native_error = "fastdiff._C was not built; FASTDIFF_BUILD=none does that" if absent else str(error)
     else:
         native_error = None
 
 
 def load_triton() -> None:
-    """Register the Triton kernels for CUDA tensors; they are imported at the first CUDA call."""
+    """Register the Triton kernels for CUDA tensors; they, and Triton, are imported at the first CUDA call.
+
+    After load_native(): where the extension has a CUDA kernel of its own it is there because it beats Triton, and stays.
+    """
+    global triton_error
+    if importlib.util.find_spec("triton") is None:
+        triton_error = "Triton is not installed; pip install triton"
+    elif importlib.util.find_spec(KERNELS) is None:
+        triton_error = f"{KERNELS} is not installed; install the package (pip install -e .) rather than put it on the path"
+    else:
+        triton_error = None
+        for name in _OPS:
+            if not _has_kernel(name, "CUDA") and importlib.util.find_spec(f"{KERNELS}.{name}"):
+                implement(name, _lazily(name), "CUDA")
+                _TRITON.add(name)
+
+
+def _lazily(name: str) -> Callable:
+    """The launcher `fastdiff.kernels.<name>.<name>`, imported when it is first called."""
+
+    def launch(*args):
+        return getattr(importlib.import_module(f"{KERNELS}.{name}"), name)(*args)
+
+    return launch
+
+
+def _has_kernel(name: str, key: str) -> bool:
+    return torch._C._dispatch_has_kernel_for_dispatch_key(f"{NAMESPACE}::{name}", key)
 
 
 def serving(name: str, device: str) -> str:
-    """Which implementation of `fastdiff::name` the dispatcher picks for tensors on `device` ("cpu" or "cuda")."""
-    key = {"cpu": "CPU", "cuda": "CUDA"}[device]
-    if not torch._C._dispatch_has_kernel_for_dispatch_key(f"{NAMESPACE}::{name}", key):
+    """Which implementation of `fastdiff::name` serves tensors on "cpu" or "cuda": "c++", "cuda", "triton", "reference"."""
+    if not _has_kernel(name, {"cpu": "CPU", "cuda": "CUDA"}[device]):
         return "reference"
-    return "c++" if device == "cpu" else "triton"
+    if device == "cpu":
+        return "c++"
+    return "triton" if name in _TRITON else "cuda"
 
 
 def names() -> list[str]:

@@ -125,8 +125,9 @@ _register.define(
 def _save(args, out):
     x, weight, bias, groups, eps, add, scale, shift, _, silu = args
     optional = {"add": add, "scale": scale, "shift": shift}
-    rest = {"groups": groups, "eps": eps, "silu": silu, "outputs": 2, "given": [k for k in optional if optional[k] is not None]}
-    return (x, weight, bias, out[1], *[optional[k] for k in rest["given"]]), rest
+    given = [k for k in optional if optional[k] is not None]
+    rest = {"groups": groups, "eps": eps, "silu": silu, "outputs": 2, "given": given}
+    return (x, weight, bias, out[1], *[optional[k] for k in given]), rest
 
 
 def _unpack(tensors, rest):
@@ -219,7 +220,7 @@ def _check(x, weight, bias, groups, eps, add, scale, shift, stats):
         if tensor is None:
             continue
         if tuple(tensor.shape) != expected[name]:
-            raise ValueError(f"{name}: shape {tuple(tensor.shape)} does not fit x {tuple(x.shape)}; expected {expected[name]}")
+            raise ValueError(f"{name}: {tuple(tensor.shape)} does not fit x {tuple(x.shape)}; expected {expected[name]}")
         if not tensor.is_floating_point():
             raise TypeError(f"{name}: expected a floating-point tensor, got {tensor.dtype}")
         if tensor.device != x.device:

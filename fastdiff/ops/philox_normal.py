@@ -74,7 +74,7 @@ def _polynomial(coefficients: Sequence[float], x: torch.Tensor) -> torch.Tensor:
 
 
 def box_muller(w0: torch.Tensor, w1: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Two float32 normals from two 32-bit words (int64 tensors): r cos(theta), r sin(theta), rounded as docs/noise.md says."""
+    """Two float32 normals from two 32-bit words (int64 tensors): r cos(theta), r sin(theta); see docs/noise.md."""
     u = w0.to(torch.float32) * 2.0**-32 + 2.0**-33
     shifted = u.view(torch.int32) - SQRT_HALF_BITS
     exponent = (shifted >> 23).to(torch.float32)
@@ -168,7 +168,7 @@ def philox_normal(
         raise ValueError(f"draw: {draw} is out of range; use 0 ... 2**32 - 1")
     if seeds.dtype != torch.int64 or seeds.dim() != 1:
         raise TypeError(
-            f"seeds: expected int64 [B], got {seeds.dtype} of shape {tuple(seeds.shape)}; make it with fastdiff.ops.seed_tensor"
+            f"seeds: expected int64 [B], got {seeds.dtype} {tuple(seeds.shape)}; make it with fastdiff.ops.seed_tensor"
         )
     if not dtype.is_floating_point:
         raise TypeError(f"dtype: {dtype} is not a floating-point type; use torch.float32, bfloat16, float16 or float64")

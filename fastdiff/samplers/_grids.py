@@ -32,7 +32,9 @@ def times_of(schedule: Schedule, nfe: int, spacing: str) -> np.ndarray:
         }
         t = np.unique(grids[spacing]().astype(int))
         if len(t) < nfe:
-            raise ValueError(f"nfe: {spacing} spacing of {schedule.T} steps has only {len(t)} distinct times for {nfe}; use less")
+            raise ValueError(
+                f"nfe: {spacing} spacing of {schedule.T} steps has {len(t)} distinct times, not {nfe}; use less"
+            )
         return t[::-1].astype(np.float64)
     if isinstance(schedule, EDM):
         return karras(schedule.t_max, schedule.t_min, nfe)

@@ -65,7 +65,9 @@ def heun(
     """Second order, EDM's sampler: an Euler step corrected by the trapezoid rule, except the last: nfe = 2 N - 1."""
     check_nfe(nfe, "heun")
     if nfe % 2 == 0:
-        raise ValueError(f"nfe: heun makes 2 N - 1 evaluations in N steps, {nfe} is even; the nearest are {nfe - 1} and {nfe + 1}")
+        raise ValueError(
+            f"nfe: heun makes 2 N - 1 evaluations in N steps, not {nfe}; the nearest are {nfe - 1} and {nfe + 1}"
+        )
     r = ratio_grid(schedule, (nfe + 1) // 2, rho, ratio_min, ratio_max)
     return _plan("heun", schedule, prediction, r, Churn(S_churn, S_min, S_max, S_noise), clip)
 

@@ -61,15 +61,17 @@ class Trainer:
         self.network = UNet(config.network)
         if init is not None:
             self._initialise(init)
-        self.network.to(self.device, memory_format=torch.channels_last).train()
-        self.ema = [p.detach().clone() for p in self.network.parameters()]
+        self.network.to(self.device).to(memory_format=torch.channels_last).train()
+        self.ema: list[Tensor] = [p.detach().clone() for p in self.network.parameters()]
         self.optimizer = OPTIMIZERS[config.optimizer](self.network.parameters(), lr=config.lr, betas=(0.9, 0.99))
         self.log = LossLog(self.out)
         self._resume()
 
     def _initialise(self, init: Model) -> None:
         if not isinstance(init.network, UNet) or init.network.config != self.config.network:
-            raise ValueError("init: its network differs from the one to be trained; use a checkpoint of the same architecture")
+            raise ValueError(
+                "init: its network is not the one to be trained; use a checkpoint of the same architecture"
+            )
         self.network.load_state_dict(init.network.state_dict())
 
     @property
@@ -206,7 +208,7 @@ class Trainer:
         state = torch.load(path, map_location=self.device, weights_only=True)
         self._same_config(json.loads(state["config"]))
         self.network.load_state_dict(state["network"])
-        self.ema: list[Tensor] = list(state["ema"])
+        self.ema = list(state["ema"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.step = state["step"]
         self.log.keep(self.step)

@@ -1,0 +1,77 @@
+"""The launchers on a GPU where there is one, else under Triton's interpreter, with nothing left over for other tests."""
+
+import importlib
+import os
+import sys
+
+import pytest
+import torch
+
+HAS_GPU = torch.cuda.is_available()
+KERNELS = ("philox_normal", "add_noise", "denoise_step", "group_norm_silu", "group_norm_silu_backward")
+
+
+def _round_to_bfloat16(numpy, interpreter):
+    """The interpreter truncates float32 to bfloat16 (triton 3.6 to 3.9); the hardware rounds, and so must the tests."""
+    truncating = interpreter._convert_float
+
+    def convert(data, source, target, rounding_mode):
+        if str(source) == "fp32" and str(target) == "bf16":
+            rounded = torch.from_numpy(numpy.ascontiguousarray(data)).to(torch.bfloat16)
+            return rounded.view(torch.int16).numpy().view(numpy.uint16).reshape(data.shape)
+        return truncating(data, source, target, rounding_mode)
+
+    interpreter._convert_float = convert
+
+
+def _interpret():
+    """Import Triton and the kernels with TRITON_INTERPRET=1, which is read when a kernel is decorated, then take it back."""
+    if "triton" in sys.modules:
+        import triton
+
+        if type(triton.language.zeros_like).__name__ != "InterpretedFunction":
+            return "Triton was imported before tests/kernels could ask for its interpreter"
+    before = os.environ.get("TRITON_INTERPRET")
+    os.environ["TRITON_INTERPRET"] = "1"
+    try:
+        import numpy
+        import triton.experimental.gluon  # else imported at the first launch, with the variable gone
+        from triton.runtime import interpreter
+
+        _round_to_bfloat16(numpy, interpreter)
+        for name in KERNELS:
+            importlib.import_module(f"fastdiff.kernels.{name}")
+    except ImportError as error:
+        return str(error)
+    finally:
+        if before is None:
+            del os.environ["TRITON_INTERPRET"]
+        else:
+            os.environ["TRITON_INTERPRET"] = before
+    return None
+
+
+WHY_NOT = None if HAS_GPU else _interpret()
+
+
+@pytest.fixture
+def device():
+    """Where the launchers run: "cuda", or "cpu" under the interpreter."""
+    if WHY_NOT:
+        pytest.skip(WHY_NOT)
+    return "cuda" if HAS_GPU else "cpu"
+
+
+@pytest.fixture(autouse=True)
+def poisoned(monkeypatch):
+    """torch.empty and its kin come filled with NaN, so that an element no kernel wrote is seen."""
+
+    def poison(make):
+        def made(*args, **kwargs):
+            t = make(*args, **kwargs)
+            return t.fill_(float("nan")) if t.is_floating_point() else t
+
+        return made
+
+    for owner, name in ((torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty")):
+        monkeypatch.setattr(owner, name, poison(getattr(owner, name)))
