@@ -41,7 +41,7 @@ class GroupNormSiLU(nn.Module):
     def __init__(self, channels: int, groups: int, eps: float, silu: bool = True):
         super().__init__()
         if channels % groups:
-            raise ValueError(f"groups: {groups} groups do not divide {channels} channels; change UNetConfig.groups or channels")
+            raise ValueError(f"groups: {groups} groups do not divide {channels} channels; change UNetConfig.groups")
         self.weight = nn.Parameter(torch.ones(channels))
         self.bias = nn.Parameter(torch.zeros(channels))
         self.groups, self.eps, self.silu = groups, eps, silu

@@ -96,9 +96,8 @@ template <class T> Moments group_moments(const GroupNormSilu& g, int64_t n, int6
         add_deviations(g.x.at<const T>(n, c0 + k) + i, length, static_cast<A>(center), d, q);
         lost += (static_cast<A>(center) - center) * length;
       }
-      const double shift = (total(d) + lost) / count;
-      const double m2 = total(q) - count * shift * shift;
-      result.merge(count, guess + shift, m2 > 0 ? m2 : 0);
+      const double moved = total(d), m2 = total(q) - moved * moved / count;
+      result.merge(count, guess + (moved + lost) / count, m2 > 0 ? m2 : 0);
     }
   }
   return result;

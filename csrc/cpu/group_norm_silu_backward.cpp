@@ -45,7 +45,7 @@ template <class A> Back<A> finish_group(const GroupNormSilu& g, int64_t n, int64
     m1 += k * p[j];
     m2 += k * q[j] * rstd;
   }
-  m1 /= count, m2 /= count;
+  if (count > 0) m1 /= count, m2 /= count;
   const double v = -rstd * rstd * m2, k = -rstd * m1;
   for (int64_t j = 0; j < per; ++j) {
     const int64_t c = c0 + j, i = n * g.c + c;

@@ -59,7 +59,7 @@ def run(
     result = draw(
         request["model"],
         request["nfe"],
-        n=None if request["seeds"] is not None else 64 if n is None else n,
+        n=64 if n is None and request["seeds"] is None else n,
         seeds=request["seeds"],
         labels=request["labels"],
         sampler=request["sampler"],

@@ -80,7 +80,7 @@ class Trainer:
         return self.step * self.config.batch
 
     def train(self, until: int | None = None) -> Model:
-        """Run to the end (or to step `until`), write the model and return it. Ctrl-C and SIGTERM write a checkpoint first."""
+        """Run to the end (or to step `until`), write the model and return it. Ctrl-C and SIGTERM save first."""
         last = min(self.config.steps, until or self.config.steps)
         bar = tqdm(total=self.config.steps * self.config.batch, initial=self.images, unit="img", disable=not self.progress)
         with self._signals(), bar:

@@ -1,0 +1,112 @@
+"""Shared by the sampler tests: data whose denoiser is closed form, networks made of it, and plans replayed by hand."""
+
+import dataclasses
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+
+from fastdiff import ops
+from fastdiff.plan import Plan
+
+
+@dataclasses.dataclass(frozen=True)
+class Mixture:
+    """p(x0) = sum_k w_k N(mu_k, s_k^2 I), over whole images, or over every pixel by itself.
+
+    E[x0 | alpha x0 + sigma n = x] = sum_k r_k (mu_k + alpha s_k^2 / v_k (x - alpha mu_k)), v_k = alpha^2 s_k^2 + sigma^2,
+    r_k proportional to w_k N(x; alpha mu_k, v_k).
+    """
+
+    weights: tuple[float, ...] = (0.6, 0.4)
+    means: tuple[float, ...] = (0.5, -0.3)
+    stds: tuple[float, ...] = (0.2, 0.3)
+    per_pixel: bool = False
+
+    def denoise(self, x: torch.Tensor, alpha: float, sigma: float) -> torch.Tensor:
+        """D in float64, cast to x's dtype."""
+        w, mu, s = (torch.tensor(v, dtype=torch.float64) for v in (self.weights, self.means, self.stds))
+        v = alpha**2 * s**2 + sigma**2
+        y = x.double()[..., None]  # [B, C, H, W, 1] against [K]
+        log_r = -((y - alpha * mu) ** 2) / (2 * v) - 0.5 * v.log()
+        if not self.per_pixel:
+            log_r = log_r.sum((1, 2, 3), keepdim=True)
+        r = (log_r + w.log()).softmax(-1)
+        return (r * (mu + alpha * s**2 / v * (y - alpha * mu))).sum(-1).to(x.dtype)
+
+
+class Oracle:
+    """The network of one plan that makes D exact, whatever the plan's prediction; counts its calls.
+
+    It takes its time from the plan in float64, so that rounding of c_noise is no part of the comparison, and checks that
+    the c_noise it is given is that time's.
+    """
+
+    def __init__(self, plan: Plan, data: Mixture):
+        self.plan, self.data, self.calls = plan, data, 0
+
+    def __call__(self, x: torch.Tensor, c_noise: torch.Tensor) -> torch.Tensor:
+        t, schedule, p = self.plan.times[self.calls], self.plan.schedule, self.plan.prediction
+        self.calls += 1
+        a, s = float(schedule.alpha(t)), float(schedule.sigma(t))
+        sd, edm = p.sigma_data, p.kind == "edm"
+        expected = np.log(s / a) / 4 if edm and not p.raw else t * (1 if p.raw else p.time_scale)
+        np.testing.assert_allclose(c_noise.numpy(), expected, rtol=1e-6, atol=1e-6)
+        # EDM's c_in of x / alpha; the other predictions see x itself
+        c_in = 1 / np.sqrt(s**2 + (a * sd) ** 2) if edm and not p.raw else 1.0
+        x = x.double() / c_in
+        d = self.data.denoise(x, a, s)
+        if edm:
+            r = s / a
+            skip, out = sd**2 / (r**2 + sd**2), r * sd / np.sqrt(r**2 + sd**2)
+            return ((d - skip * x / a) / out).float()
+        return {"eps": (x - a * d) / s, "x0": d, "v": (a * x - d) / s, "score": -(x - a * d) / s**2}[p.kind].float()
+
+
+def replay(plan: Plan, data: Mixture, x: torch.Tensor, noise: Callable[[int], torch.Tensor]) -> torch.Tensor:
+    """The rows of the plan carried out by hand in float64 from unit noise x, with noise(draw) as its draws."""
+    schedule, history, saved = plan.schedule, {}, None
+    x = x.double() * plan.prior_std
+    for row in plan.rows:
+        new = row.x * x
+        if row.evaluate:
+            d = data.denoise(x, float(schedule.alpha(row.t)), float(schedule.sigma(row.t)))
+            new = new + row.d * d + row.d_clip * d.clamp(-1, 1)
+        if row.saved:
+            new = new + row.saved * saved
+        for slot, h in row.history.items():
+            new = new + h * history[slot]
+        for draw, amount in row.noise.items():
+            new = new + amount * noise(draw).double()
+        if row.save_x:
+            saved = x
+        if row.save_d is not None:
+            history[row.save_d] = d.clamp(-1, 1) if row.save_clipped else d
+        x = new
+    return x
+
+
+def philox(seeds: torch.Tensor, shape: tuple[int, ...]) -> Callable[[int], torch.Tensor]:
+    """noise(draw): what a plan's rows add for these seeds."""
+    return lambda draw: ops.philox_normal(seeds, draw, shape, domain=ops.Domain.STEP)
+
+
+@pytest.fixture
+def make_mixture():
+    return Mixture
+
+
+@pytest.fixture
+def make_oracle():
+    return Oracle
+
+
+@pytest.fixture(name="replay")
+def replay_fixture():
+    return replay
+
+
+@pytest.fixture(name="philox")
+def philox_fixture():
+    return philox

@@ -1,0 +1,156 @@
+"""The `fastdiff` command as a person uses it: what it prints, writes and refuses."""
+
+import sys
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import fastdiff
+from fastdiff import cli
+from fastdiff.images import read_metadata
+from fastdiff.info import versions
+from fastdiff.model import Model
+from fastdiff.samplers import SAMPLERS
+from fastdiff.training import PRESETS
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    """A small class-conditional network with random weights, those that start at 0 included."""
+    torch.manual_seed(0)
+    config = fastdiff.UNetConfig(
+        resolution=8, in_channels=1, out_channels=1, channels=8, multipliers=(1, 2), blocks=1, attention=(4,), groups=4, labels=10
+    )
+    network = fastdiff.UNet(config)
+    for p in network.parameters():
+        p.data.add_(0.1 * torch.randn_like(p))
+    path = tmp_path_factory.mktemp("model") / "tiny.safetensors"
+    Model(network, fastdiff.schedules.EDM(), fastdiff.Prediction("edm"), shape=(1, 8, 8), labels=10).save(path)
+    return path
+
+
+@pytest.fixture
+def fastdiff_command(monkeypatch, capsys, tmp_path):
+    """fastdiff_command("sample", ...) -> (exit status, stdout, stderr), run in an empty folder."""
+    monkeypatch.chdir(tmp_path)
+
+    def call(*arguments):
+        monkeypatch.setattr(sys, "argv", ["fastdiff", *map(str, arguments)])
+        try:
+            cli.main()
+            status = 0
+        except SystemExit as stop:
+            status = stop.code or 0
+        out, err = capsys.readouterr()
+        return status, out, err
+
+    return call
+
+
+def pixels(path):
+    return np.asarray(Image.open(path))
+
+
+def test_sample_writes_a_grid_that_can_be_repeated(fastdiff_command, checkpoint):
+    status, out, _ = fastdiff_command("sample", checkpoint, "--nfe", 5, "--n", 6, "--out", "a.png")
+    assert status == 0
+    assert "nfe     5 counted" in out and "images/s" in out
+    for op in ("philox_normal", "denoise_step", "group_norm_silu"):
+        assert f"op      {op}: {fastdiff.ops.implementations()[op]['cpu'].name}" in out
+    stored = read_metadata("a.png")
+    assert len(stored["request"]["seeds"]) == 6
+    assert stored["plan"]["nfe"] == 5 and stored["plan"]["sampler"] == "heun"
+    assert stored["model_hash"] == fastdiff.load(checkpoint).hash()
+    assert stored["versions"]["torch"] == versions()["torch"]
+    assert fastdiff_command("sample", "--like", "a.png", "--out", "b.png")[0] == 0
+    assert np.array_equal(pixels("a.png"), pixels("b.png"))
+    assert pixels("a.png").std() > 0
+
+
+def test_like_warns_when_the_model_changed(fastdiff_command, checkpoint):
+    fastdiff_command("sample", checkpoint, "--nfe", 1, "--seeds", "0-1", "--out", "a.png")
+    other = fastdiff.load(checkpoint)
+    other.network.conv_out.bias.data += 1
+    other.save("other.safetensors")
+    status, _, err = fastdiff_command("sample", "other.safetensors", "--like", "a.png", "--out", "b.png")
+    assert status == 0 and "the images will differ" in err
+
+
+def test_seeds_labels_and_options_reach_the_sampler(fastdiff_command, checkpoint):
+    arguments = ("--nfe", 2, "--seeds", "7,3-4", "--labels", "1,2,3", "--sampler", "ddim", "--times", "80,1.5")
+    assert fastdiff_command("sample", checkpoint, *arguments, "--out", "a.png")[0] == 0
+    request = read_metadata("a.png")["request"]
+    assert request["seeds"] == [7, 3, 4] and request["labels"] == [1, 2, 3] and request["times"] == [80, 1.5]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("--nfe", 0), "nfe: 0"),
+        (("--nfe", 16, "--sampler", "heun"), "the nearest are 15 and 17"),
+        (("--labels", "12"), "labels: 12 is out of range; this model has classes 0 ... 9"),
+        (("--out", "nowhere/x.png"), "the folder nowhere does not exist"),
+        (("--out", "x.jpg"), "does not end in .png"),
+        (("--out", "."), "is a folder"),
+        (("--seeds", "5-3"), "write the smaller seed first"),
+        (("--seeds", "x"), "'x' is no seed or range"),
+        (("--seeds", str(2**64)), "out of range"),
+        (("--n", 0), "n: 0"),
+        (("--n", 2, "--seeds", "1"), "leave one of them out"),
+        (("--sampler", "foo"), "auto or one of consistency"),
+        (("--times", "80,90", "--sampler", "ddim"), "outside EDM's range"),
+        (("--dtype", "int8"), "use one of float32"),
+        (("--like", "absent.png"), "absent.png is no file"),
+    ],
+)
+def test_bad_requests_say_what_to_do_and_write_nothing(fastdiff_command, checkpoint, tmp_path, arguments, words):
+    status, out, err = fastdiff_command("sample", checkpoint, *arguments)
+    assert status == 2 and words in err and out == ""
+    assert "Traceback" not in err and err.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a CUDA GPU, so asking for one is no mistake")
+def test_cuda_asked_for_and_absent(fastdiff_command, checkpoint):
+    status, _, err = fastdiff_command("sample", checkpoint, "--device", "cuda")
+    assert status == 2 and "no usable CUDA GPU; use device='cpu'" in err
+
+
+def test_foreign_and_damaged_checkpoints(fastdiff_command, checkpoint, tmp_path):
+    (tmp_path / "cut.safetensors").write_bytes(checkpoint.read_bytes()[:-100])
+    assert "truncated" in fastdiff_command("sample", "cut.safetensors")[2]
+    assert "no file" in fastdiff_command("sample", "absent.safetensors")[2]
+
+
+def test_unwritable_output(fastdiff_command, checkpoint, monkeypatch):
+    def refuse(*args, **kwargs):
+        raise OSError(13, "Permission denied")
+
+    # Root may write anywhere, so the refusal is made here rather than by chmod.
+    monkeypatch.setattr("tempfile.TemporaryFile", refuse)
+    status, out, err = fastdiff_command("sample", checkpoint)
+    assert status == 2 and "cannot write in" in err and out == ""
+
+
+def test_info_shows_every_op_and_the_checkpoint(fastdiff_command, checkpoint):
+    status, out, _ = fastdiff_command("info", checkpoint)
+    assert status == 0
+    for op, served in fastdiff.ops.implementations().items():
+        assert any(line.split()[:1] == [op] and served["cpu"].name in line for line in out.splitlines())
+    assert fastdiff.load(checkpoint).hash() in out and "10 classes" in out
+
+
+def test_train_refuses_a_misspelt_preset_and_missing_data(fastdiff_command):
+    assert "did you mean mnist-edm?" in fastdiff_command("train", "--preset", "mnist-emd", "--data", ".", "--out", "r")[2]
+    assert "no MNIST in" in fastdiff_command("train", "--preset", "mnist-edm", "--data", ".", "--out", "r")[2]
+    assert "--init" in fastdiff_command("train", "--preset", "mnist-ect", "--data", ".", "--out", "r")[2]
+    assert "images: -1" in fastdiff_command("train", "--preset", "mnist-edm", "--data", ".", "--out", "r", "--images", -1)[2]
+
+
+def test_help_names_every_sampler_and_preset(fastdiff_command):
+    text = "".join(fastdiff_command("sample", "--help")[1].split())  # lines break at hyphens too
+    assert all(name in text for name in SAMPLERS) and set(cli.NAMES) == {"auto", *SAMPLERS}
+    text = "".join(fastdiff_command("train", "--help")[1].split())
+    assert all(name in text for name in PRESETS)
