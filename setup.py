@@ -17,10 +17,11 @@ def native_code() -> dict:
     if choice == "none":
         return {}
     native.require_compiler()
+    extension = native.extension(choice)  # sets CUDA_HOME, which torch's module reads when it is imported
     from torch.utils.cpp_extension import BuildExtension, is_ninja_available
 
     return {
-        "ext_modules": [native.extension(choice)],
+        "ext_modules": [extension],
         "cmdclass": {"build_ext": BuildExtension.with_options(use_ninja=is_ninja_available())},
         "options": {"bdist_wheel": {"py_limited_api": "cp310"}},
     }

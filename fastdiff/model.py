@@ -207,7 +207,10 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
             f"model: {path} is a .safetensors file of another program: it has no fastdiff description. Build the network "
             f"yourself, load these weights into it and use fastdiff.wrap(net, schedule=..., prediction=...)"
         )
-    description = json.loads(metadata["fastdiff"])
+    try:
+        description = json.loads(metadata["fastdiff"])
+    except json.JSONDecodeError as error:
+        raise CheckpointError(f"model: the description in {path} is damaged ({error}); copy it again") from error
     if description.get("format") != FORMAT:
         raise CheckpointError(
             f"model: {path} has format {description.get('format')}, this fastdiff reads {FORMAT}; update fastdiff"
@@ -223,8 +226,19 @@ def _build(path: Path, description: dict[str, Any], state: dict[str, Tensor], de
                 f"model: {bad} of {value.numel()} weights of {key} in {path} are NaN or infinite; training diverged or the "
                 f"file is damaged, use an earlier checkpoint"
             )
-    with torch.device("meta"):
-        network = UNet(UNetConfig(**description["network"]["config"]))
+    try:
+        with torch.device("meta"):
+            network = UNet(UNetConfig(**description["network"]["config"]))
+        about = {
+            "schedule": schedules.from_dict(description["schedule"]),
+            "prediction": Prediction(**description["prediction"]),
+            "family": description["family"],
+            "shape": tuple(description["shape"]),
+            "labels": description["labels"],
+            "times": {int(k): v for k, v in description["times"].items()},
+        }
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"model: the description in {path} is incomplete or inconsistent: {error!r}") from error
     network = network.to_empty(device="cpu")
     try:
         network.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in state.items()})
@@ -232,13 +246,4 @@ def _build(path: Path, description: dict[str, Any], state: dict[str, Tensor], de
         raise CheckpointError(f"model: the weights in {path} do not fit its own description: {error}") from error
     if isinstance(network.time, PositionalEmbedding):
         network.time.reset()
-    return Model(
-        network=network.to(device).eval().requires_grad_(False),
-        schedule=schedules.from_dict(description["schedule"]),
-        prediction=Prediction(**description["prediction"]),
-        family=description["family"],
-        shape=tuple(description["shape"]),
-        labels=description["labels"],
-        times={int(k): v for k, v in description["times"].items()},
-        info=description.get("info", {}),
-    )
+    return Model(network.to(device).eval().requires_grad_(False), **about, info=description.get("info", {}))

@@ -119,10 +119,11 @@ def run(
     seed_list = _seeds(seeds, n)
     label_list = _labels(labels, seed_list, model)
     size = _batch_size(batch_size, target)
-    network, counter = _counted(_on_device(model, target))
+    placed = _on_device(model, target)
+    network, counter = _counted(placed)
     start = time.perf_counter()
     images = []
-    with torch.inference_mode(), _evaluating(model.network), _autocast(target, dtype):
+    with torch.inference_mode(), _evaluating(placed), _autocast(target, dtype):
         for first in _bar(range(0, len(seed_list), size), progress, plan, len(seed_list)):
             part = slice(first, first + size)
             batch_labels = None if label_list is None else torch.tensor(label_list[part], device=target)
@@ -156,8 +157,8 @@ def _automatic(model: Model, nfe: int) -> str:
     if model.family == "consistency":
         return "consistency"
     if model.schedule.name == "ddpm":
-        return "ddim" if isinstance(nfe, int) and nfe < 250 else "ddpm"
-    return "heun" if isinstance(nfe, int) and nfe >= 3 and nfe % 2 else "euler"
+        return "ddim" if hasattr(nfe, "__index__") and nfe < 250 else "ddpm"
+    return "heun" if hasattr(nfe, "__index__") and nfe >= 3 and nfe % 2 else "euler"
 
 
 def _resolve(model, nfe: int, device) -> tuple[Model, torch.device]:
@@ -169,7 +170,7 @@ def _resolve(model, nfe: int, device) -> tuple[Model, torch.device]:
         return model, torch.device(device) if device is not None else own
     default = "cuda" if torch.cuda.is_available() else "cpu"
     target = torch.device(device) if device is not None else torch.device(default)
-    return load(packaged(nfe if isinstance(nfe, int) else None) if model is None else model, target), target
+    return load(packaged(nfe if hasattr(nfe, "__index__") else None) if model is None else model, target), target
 
 
 def _on_device(model: Model, device: torch.device) -> Callable[..., Tensor]:
@@ -187,7 +188,8 @@ def _seeds(seeds: Iterable[int] | None, n: int | None) -> list[int]:
             raise ValueError(f"n: {n!r} images cannot be made; give an integer >= 1")
         first = secrets.randbelow(FRESH_SEEDS)
         return list(range(first, first + count))
-    listed: list[Any] = [seeds] if isinstance(seeds, int) else list(seeds)
+    given: Any = seeds.tolist() if hasattr(seeds, "tolist") else seeds  # tensors and arrays
+    listed: list[Any] = [given] if hasattr(given, "__index__") else list(given)
     if not listed:
         raise ValueError("seeds: the list is empty; give one integer per image, or leave seeds out and give n")
     if n is not None and n != len(listed):
@@ -207,7 +209,7 @@ def _labels(labels, seeds: list[int], model: Model) -> list[int] | None:
         return None
     if labels is None:
         return [seed % model.labels for seed in seeds]
-    listed: Any = labels.tolist() if isinstance(labels, Tensor) else labels
+    listed: Any = labels.tolist() if hasattr(labels, "tolist") else labels  # tensors and arrays
     listed = [listed] * len(seeds) if hasattr(listed, "__index__") else list(listed)
     if len(listed) == 1:
         listed = listed * len(seeds)

@@ -46,12 +46,17 @@ def ratio_grid(schedule: Schedule, steps: int, rho: float, ratio_min: float | No
     """EDM's grid of sigma / alpha from the schedule's largest to its smallest, `steps` levels."""
     low = float(schedule.ratio(schedule.t_min)) if ratio_min is None else ratio_min
     high = float(schedule.ratio(schedule.t_max)) if ratio_max is None else ratio_max
+    if not np.isfinite(high) or not 0 < low < high:
+        raise ValueError(
+            f"ratio_min, ratio_max: sigma / alpha cannot go from {high} to {low}; give 0 < ratio_min < ratio_max, such as "
+            f"ratio_max=80 on a schedule that starts from pure noise"
+        )
     return karras(high, low, steps, rho)
 
 
 def given_times(schedule: Schedule, times, nfe: int) -> np.ndarray:
     """An explicit grid: nfe strictly descending times in the schedule's range."""
-    t = schedule.check(times)
+    t = schedule.check(np.atleast_1d(times))
     if t.shape != (nfe,):
         raise ValueError(f"times: {len(t)} given for nfe = {nfe}; give exactly {nfe}")
     if np.any(np.diff(t) >= 0):

@@ -27,8 +27,8 @@ class TrainConfig:
     ema_halflife: int = 500_000  # in images; early on 5 % of the images seen
     bf16: bool = True  # autocast, where the device has it
     seed: int = 0
-    q: float = 4.0  # ect: the gap t - r shrinks as q^-(stage + 1)
-    stages: int = 4  # ect: number of stages, of equal length
+    q: float = 2.0  # ect: the gap t - r shrinks as q^-(stage + 1)
+    stages: int = 8  # ect: number of stages, of equal length
     huber: float = 0.0  # ect: c of the pseudo-Huber distance; 0 is the plain norm
     times: dict[int, list[float]] = dataclasses.field(default_factory=dict)  # recommended, stored with the model
     init: str | None = None  # preset or checkpoint that training starts from
@@ -74,7 +74,7 @@ PRESETS: dict[str, TrainConfig] = {
         EDM(),
         Prediction("edm"),
         images=300_000,
-        lr=4e-4,
+        lr=1e-3,
         optimizer="radam",
         times={1: [80.0], 2: [80.0, 0.821], 4: [80.0, 5.0, 1.2, 0.4]},
         init="mnist-edm",

@@ -3,7 +3,7 @@
 import csv
 from pathlib import Path
 
-from fastdiff.model import Model
+from fastdiff.model import Model, atomically
 
 
 class LossLog:
@@ -28,7 +28,10 @@ class LossLog:
                     self.add(*row)
 
     def flush(self) -> None:
-        with open(self.path, "w", newline="") as file:
+        atomically(self.path, self._write)
+
+    def _write(self, path: str) -> None:
+        with open(path, "w", newline="") as file:
             writer = csv.writer(file)
             writer.writerow(("step", "images", "loss"))
             writer.writerows(self.rows)

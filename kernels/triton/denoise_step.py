@@ -119,32 +119,14 @@ def denoise_step(x, F, saved, history, net_in, seeds, coefficients, codes, row):
     block_c, block_q, tiles_c, tiles_p = tile(channels, pixels)
     with torch.cuda.device_of(x):
         _denoise_step[(x.shape[0] * tiles_c * tiles_p,)](
-            x,
-            x if F is None else F,
-            saved if saved.numel() else x,
-            history if history.numel() else x,
-            net_in,
-            seeds.contiguous(),
-            coefficients.contiguous(),
-            codes.contiguous(),
-            row.contiguous(),
-            0 if row.shape[0] == 1 else 1,
-            channels,
-            pixels,
-            tiles_c,
-            tiles_c * tiles_p,
-            *strides[0],
-            *strides[-1],
-            *strides[len(state)],
-            history.stride(0),
-            HAS_F=F is not None,
-            HAS_SAVED=saved.numel() > 0,
-            SLOTS=history.shape[0],
-            READ=min(history.shape[0], HISTORY),
-            BLOCK_C=block_c,
-            BLOCK_Q=block_q,
-            enable_fp_fusion=False,
-        )
+            x, x if F is None else F, saved if saved.numel() else x, history if history.numel() else x, net_in,
+            *(t.contiguous() for t in (seeds, coefficients, codes, row)),
+            0 if row.shape[0] == 1 else 1, channels, pixels, tiles_c, tiles_c * tiles_p,
+            *strides[0], *strides[-1], *strides[len(state)], history.stride(0),
+            HAS_F=F is not None, HAS_SAVED=saved.numel() > 0,
+            SLOTS=history.shape[0], READ=min(history.shape[0], HISTORY),
+            BLOCK_C=block_c, BLOCK_Q=block_q, enable_fp_fusion=False,
+        )  # fmt: skip
     return None
 
 

@@ -2,6 +2,7 @@
 
 import triton
 import triton.language as tl
+
 from fastdiff.kernels.philox import box_muller
 
 

@@ -7,7 +7,7 @@ LAYOUTS = ("contiguous", "channels_last", "view")
 
 
 def lay(t, layout):
-    """t [..., C, H, W] with the same values in another layout; "view" has rows apart, so its pixels have no single stride."""
+    """t [..., C, H, W] with the same values in another layout; "view" has rows apart: no single stride over its pixels."""
     if layout == "channels_last":
         return t.movedim(-3, -1).contiguous().movedim(-1, -3)
     if layout == "view":
@@ -22,8 +22,8 @@ def error(a, truth):
 def check(name, ours, plain, truth, sums=1):
     """Error against the float64 truth at most twice plain PyTorch's, plus a rounding floor.
 
-    The floor is one unit of the output's type, at the truth's largest value, and the float32 noise of a sum of `sums` terms, whose
-    error grows with the square root of their number: small cases where plain PyTorch happens to be exact need it.
+    The floor is half a unit of the output's type at the truth's largest value, and the float32 noise of a sum of `sums`
+    terms, which grows with the square root of their number: small cases where plain PyTorch happens to be exact need it.
     """
     assert ours.shape == plain.shape and ours.dtype == plain.dtype, name
     assert not ours.isnan().any(), f"{name}: an element was not written"

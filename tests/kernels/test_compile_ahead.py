@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 
 NOISE = {"_philox_normal", "_add_noise", "_denoise_step"}
-LARGEST = 255 * 4  # bytes of registers: the compiler's limit per thread
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +49,7 @@ def test_bfloat16_rounds_to_nearest_even(facts):
 
 
 def test_no_spills(facts):
-    """Local memory is where spills go. Eight bytes of stack are a predicate that ptxas parks outside any loop."""
+    """Spills go to local memory. Triton's build of denoise_step for sm_90 has 8 bytes of stack; `ptxas -v` says no spill."""
     for f in facts:
         assert f["local"] == 0 and f["stack"] <= 8, (f["case"], f["kernel"], f["architecture"], f["stack"])
 
@@ -69,12 +68,11 @@ def test_wide_accesses(facts):
 
 
 def test_offsets_are_64_bits(facts):
-    """Past 2^31 elements: every pointer is moved by an int64, never by an int32 that has wrapped."""
-    for f in facts:
-        if f["case"] != "huge":
-            continue
-        pointers = re.findall(r"tt\.addptr .* : (.*)", f["ttir"])
-        tensors = [p for p in pointers if "tensor<" in p and "x!tt.ptr" in p]
-        assert tensors
-        for p in tensors:
-            assert p.endswith(("i64>", "i64> loc")) or re.search(r"xi64>", p), (f["kernel"], p)
+    """Past 2^31 elements: every tensor of pointers is moved by int64 offsets, or by a constant, never by a wrapped int32."""
+    huge = [f for f in facts if f["case"] == "huge"]
+    assert {f["kernel"] for f in huge} == {"_add_noise", "_partial", "_apply"}
+    for f in huge:
+        moves = re.findall(r"tt\.addptr %\S+, (%\S+) : tensor<[^,]*>, tensor<\S*x(i32|i64)>", f["ttir"])
+        constants = set(re.findall(r"(%\S+) = arith\.constant", f["ttir"]))
+        assert moves
+        assert all(width == "i64" or offset in constants for offset, width in moves), (f["kernel"], moves)

@@ -8,15 +8,15 @@ from kernel_checks import DTYPES, LAYOUTS, check, lay
 
 from fastdiff.ops.group_norm_silu import reference, reference_backward
 
-# (shape, groups): on chip; odd channels, groups and pixels; one pixel; no pixels' dimension; one wide group; streamed, in chunks, with six
-# channels per group, or with a group wider than a tile.
+# (shape, groups): on chip; odd channels, groups and pixels; one pixel; no pixels' dimension; one wide group; streamed, in
+# chunks, with six channels per group, or with a group wider than a tile.
 CASES = (
     ((2, 32, 8, 8), 8),
     ((3, 6, 5, 7), 2),
     ((1, 24, 1, 1), 6),
     ((4, 20), 5),
     ((2, 600, 4, 4), 1),
-    ((1, 24, 96, 65), 4),
+    ((1, 24, 64, 49), 4),
     ((1, 160, 33, 16), 1),
 )
 
@@ -58,7 +58,10 @@ def grid():
                     yield pytest.param(shape, groups, layout, dtype, id=f"{shape}-{groups}-{layout}-{dtype}")
 
 
-@pytest.mark.parametrize(("shape", "groups", "layout", "dtype"), grid())
+GRID = list(grid())
+
+
+@pytest.mark.parametrize(("shape", "groups", "layout", "dtype"), GRID)
 def test_forward(launch, device, shape, groups, layout, dtype):
     args = arguments(shape, groups, layout, dtype)
     y, stats = launch(*to(args, device))
@@ -72,7 +75,7 @@ def test_forward(launch, device, shape, groups, layout, dtype):
     check("y, stats given", launch(*to(args, device))[0].cpu(), plain, truth, terms)
 
 
-@pytest.mark.parametrize(("shape", "groups", "layout", "dtype"), grid())
+@pytest.mark.parametrize(("shape", "groups", "layout", "dtype"), GRID)
 def test_backward(launch_backward, device, shape, groups, layout, dtype):
     args = arguments(shape, groups, layout, dtype)
     args[8] = reference(*args)[1]
