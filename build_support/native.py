@@ -14,7 +14,8 @@ ARCHITECTURES = ("80", "90", "100")
 # The oldest torch whose stable ABI we use; the extension then loads in every newer one.
 TARGET = "-DTORCH_TARGET_VERSION=0x020b000000000000"
 # No contraction: the noise must round the same way everywhere. GCC 12 calls its own AVX-512 headers maybe uninitialized.
-CXX_FLAGS = ["-O3", "-ffp-contract=off", "-fno-math-errno", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-psabi", "-Wno-maybe-uninitialized"]
+CXX_FLAGS = ["-O3", "-g0", "-ffp-contract=off", "-fno-math-errno", "-fvisibility=hidden"]
+CXX_FLAGS += ["-Wall", "-Wextra", "-Wno-psabi", "-Wno-maybe-uninitialized"]
 
 
 def build_choice() -> str:
@@ -28,13 +29,13 @@ def require_compiler() -> None:
     compiler = shlex.split(os.environ.get("CXX", "c++"))[0]
     if shutil.which(compiler) is None and shutil.which("g++") is None:
         sys.exit(
-            f"fastdiff: no C++ compiler ({compiler}) found. Install one (Debian, Ubuntu: apt install g++; Fedora: dnf install "
-            "gcc-c++; conda: conda install gxx), or set FASTDIFF_BUILD=none for the plain-torch package, which is slower."
+            f"fastdiff: no C++ compiler ({compiler}) found. Install one (Debian, Ubuntu: apt install g++; Fedora: "
+            "dnf install gcc-c++; conda: conda install gxx), or set FASTDIFF_BUILD=none for the slower plain-torch package."
         )
 
 
 def cuda_home() -> Path | None:
-    """The CUDA toolkit: CUDA_HOME, the nvcc on PATH (maybe a wrapper, so ask it), or the nvidia-cuda-nvcc wheel beside torch."""
+    """The CUDA toolkit: CUDA_HOME, the nvcc on PATH (maybe a wrapper: ask it), or the wheel's beside torch."""
     if os.environ.get("CUDA_HOME"):
         return Path(os.environ["CUDA_HOME"])
     if nvcc := shutil.which("nvcc"):
@@ -63,7 +64,9 @@ def why_no_cuda(home: Path | None) -> str | None:
         probe = Path(folder, "probe.cu")
         probe.write_text("#include <cuda_bf16.h>\n__global__ void probe() {}\n")
         tried = subprocess.run([nvcc, "-c", probe, "-o", probe.with_suffix(".o")], capture_output=True, text=True)
-    return None if tried.returncode == 0 else f"nvcc does not compile here: {(tried.stderr.strip().splitlines() or ['?'])[-1]}"
+    if tried.returncode == 0:
+        return None
+    return f"nvcc does not compile here: {(tried.stderr.strip().splitlines() or ['?'])[-1]}"
 
 
 def runtime(home: Path) -> Path | None:
@@ -76,7 +79,7 @@ def runtime(home: Path) -> Path | None:
 
 
 def architectures(home: Path) -> list[str]:
-    """-gencode flags for what this nvcc knows of ours; the last also as PTX for newer GPUs. TORCH_CUDA_ARCH_LIST overrides."""
+    """-gencode flags for those that this nvcc knows, the last also as PTX for newer GPUs. TORCH_CUDA_ARCH_LIST overrides."""
     if os.environ.get("TORCH_CUDA_ARCH_LIST"):
         return []
     listed = subprocess.run([home / "bin" / "nvcc", "--list-gpu-arch"], capture_output=True, text=True).stdout

@@ -67,12 +67,14 @@ class Prediction:
         if self.kind not in ("x0", "v", "flow") and np.any(a <= 0):
             raise ValueError(
                 f"schedule: alpha is 0 at t = {t[a <= 0].flat[0] if t.ndim else t} (zero terminal SNR), where prediction "
-                f"{self.kind!r} does not determine the image; start at a smaller t or use a model that predicts x0, v or flow"
+                f"{self.kind!r} does not determine the image; start at a smaller t or use a model of x0, v or flow"
             )
         if self.kind in ("edm", "consistency"):
             return self._edm(schedule, t)
         if self.kind == "flow" and not (np.allclose(a, 1 - t) and np.allclose(s, t)):
-            raise ValueError(f"prediction: 'flow' is n - x0 on the path of Flow, not of {type(schedule).__name__}; use Flow or v")
+            raise ValueError(
+                f"prediction: 'flow' is n - x0 on the path of Flow, not of {type(schedule).__name__}; use Flow or v"
+            )
         pairs = {
             "eps": lambda: (1 / a, -s / a),
             "x0": lambda: (0 * one, one),

@@ -153,7 +153,9 @@ class UNet(nn.Module):
     def forward(self, x: Tensor, c_noise: Tensor, labels: Tensor | None = None) -> Tensor:
         factor = 2 ** (len(self.config.multipliers) - 1)
         if x.shape[-1] % factor or x.shape[-2] % factor:
-            raise ValueError(f"x: {x.shape[-2]} x {x.shape[-1]} cannot be halved to the last level; use multiples of {factor}")
+            raise ValueError(
+                f"x: {x.shape[-2]} x {x.shape[-1]} cannot be halved to the last level; use multiples of {factor}"
+            )
         embedding = self.embed(c_noise, labels)
         x = self.conv_in(x)
         skips = [x]

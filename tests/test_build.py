@@ -1,6 +1,7 @@
 """The build: what is asked of pip, what is compiled, what comes out, and that every op has its files."""
 
 import importlib.util
+import os
 import re
 import shutil
 import subprocess
@@ -117,8 +118,6 @@ def test_instruction_set_can_be_lowered_and_is_validated():
     command = [sys.executable, "-c", "import torch; from fastdiff import _C; print(_C.isa())"]
 
     def run(isa):
-        import os
-
         return subprocess.run(command, env={**os.environ, "FASTDIFF_ISA": isa}, capture_output=True, text=True)
 
     assert run("baseline").stdout.strip() == "baseline"
@@ -126,13 +125,20 @@ def test_instruction_set_can_be_lowered_and_is_validated():
 
 
 @pytest.mark.parametrize("op", OPS)
-@pytest.mark.parametrize("place", ["fastdiff/ops/{}.py", "kernels/triton/{}.py", "csrc/cpu/{}.cpp", "tests/ops/test_{}.py", "benchmarks/bench_{}.py"])
+@pytest.mark.parametrize(
+    "place",
+    ["fastdiff/ops/{}.py", "kernels/triton/{}.py", "csrc/cpu/{}.cpp", "tests/ops/test_{}.py", "benchmarks/bench_{}.py"],
+)
 def test_one_op_one_word(op, place):
     assert (ROOT / place.format(op)).is_file()
 
 
 def test_torch_headers_only_where_the_bridge_is():
-    with_torch = [p.name for p in (ROOT / "csrc").rglob("*") if p.is_file() and re.search(r"#include\s*[<\"](torch|ATen|c10)/", p.read_text())]
+    with_torch = [
+        p.name
+        for p in (ROOT / "csrc").rglob("*")
+        if p.is_file() and re.search(r"#include\s*[<\"](torch|ATen|c10)/", p.read_text())
+    ]
     assert with_torch == ["register.cpp"]
 
 
@@ -147,7 +153,17 @@ def test_no_contraction_in_cuda_noise(source, native, tmp_path):
         pytest.skip("nvcc is not here")
     ptx = tmp_path / "noise.ptx"
     # Without the build's --fmad=false: the source alone has to be enough.
-    command = [home / "bin" / "nvcc", "-O3", "-std=c++20", "-arch=compute_90", "-ptx", f"-I{ROOT / 'csrc'}", source, "-o", ptx]
+    command = [
+        home / "bin" / "nvcc",
+        "-O3",
+        "-std=c++20",
+        "-arch=compute_90",
+        "-ptx",
+        f"-I{ROOT / 'csrc'}",
+        source,
+        "-o",
+        ptx,
+    ]
     subprocess.run(command, check=True)
     text = ptx.read_text()
     assert not re.findall(r"fma\.rn\.f32|\bfma\.rn\.f64|\.approx|\.ftz|mad\.f32", text)

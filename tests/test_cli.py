@@ -21,7 +21,15 @@ def checkpoint(tmp_path_factory):
     """A small class-conditional network with random weights, those that start at 0 included."""
     torch.manual_seed(0)
     config = fastdiff.UNetConfig(
-        resolution=8, in_channels=1, out_channels=1, channels=8, multipliers=(1, 2), blocks=1, attention=(4,), groups=4, labels=10
+        resolution=8,
+        in_channels=1,
+        out_channels=1,
+        channels=8,
+        multipliers=(1, 2),
+        blocks=1,
+        attention=(4,),
+        groups=4,
+        labels=10,
     )
     network = fastdiff.UNet(config)
     for p in network.parameters():

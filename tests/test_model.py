@@ -153,14 +153,16 @@ def test_unwritable_folder(tmp_path):
 def test_truncated(saved, keep):
     data = saved.read_bytes()
     saved.write_bytes(data[: int(len(data) * keep) if isinstance(keep, float) else keep])
-    with pytest.raises(CheckpointError, match=r"model: .*model.safetensors is truncated or not a .safetensors file .*copy it"):
+    with pytest.raises(
+        CheckpointError, match=r"model: .*model.safetensors is truncated or not a .safetensors file .*copy it"
+    ):
         fastdiff.load(saved)
 
 
 def test_not_safetensors_at_all(tmp_path):
     path = tmp_path / "weights.pt"
     torch.save({"a": torch.ones(2)}, path)
-    with pytest.raises(CheckpointError, match="truncated or not a .safetensors file"):
+    with pytest.raises(CheckpointError, match=r"truncated or not a .safetensors file"):
         fastdiff.load(path)
 
 
@@ -209,13 +211,13 @@ def test_weights_that_do_not_fit(saved, change, words):
 )
 def test_bad_description(saved, change):
     rewrite(saved, change)
-    with pytest.raises(CheckpointError, match="the description in .* is incomplete or inconsistent"):
+    with pytest.raises(CheckpointError, match=r"the description in .* is incomplete or inconsistent"):
         fastdiff.load(saved)
 
 
 def test_damaged_description(saved):
     save_file({"a": torch.ones(1)}, saved, metadata={"fastdiff": "{not json"})
-    with pytest.raises(CheckpointError, match="the description in .* is damaged"):
+    with pytest.raises(CheckpointError, match=r"the description in .* is damaged"):
         fastdiff.load(saved)
 
 
@@ -226,7 +228,9 @@ def test_newer_format(saved):
 
 
 def test_unknown_name(tmp_path):
-    with pytest.raises(FileNotFoundError, match="model: mnist-gan is no file; give the path of a checkpoint or a packaged name"):
+    with pytest.raises(
+        FileNotFoundError, match="model: mnist-gan is no file; give the path of a checkpoint or a packaged name"
+    ):
         fastdiff.load("mnist-gan")
     with pytest.raises(FileNotFoundError, match="is no file"):
         fastdiff.load(tmp_path)
@@ -256,7 +260,11 @@ def test_wrap():
         ({"network": 3, "schedule": EDM()}, TypeError, "network: 3 cannot be called"),
         ({"network": net, "schedule": "edm"}, TypeError, "schedule: expected a fastdiff.schedules object"),
         ({"network": net, "schedule": EDM(), "prediction": "noise"}, ValueError, "prediction: 'noise' is not known"),
-        ({"network": net, "schedule": EDM(), "family": "gan"}, ValueError, "family: 'gan' is not known; use one of diffusion"),
+        (
+            {"network": net, "schedule": EDM(), "family": "gan"},
+            ValueError,
+            "family: 'gan' is not known; use one of diffusion",
+        ),
     ):
         with pytest.raises(error, match=words):
             fastdiff.wrap(**bad)

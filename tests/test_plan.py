@@ -51,7 +51,9 @@ def test_rows_join(name):
     """Each row starts where the one before ended, times fall, and the last row leaves no noise behind."""
     schedule = VE() if name == "euler-maruyama" else EDM()
     plan = SAMPLERS[name](schedule, F, 9)
-    assert plan.rows[0].t == pytest.approx(schedule.t_max) and plan.prior_std == pytest.approx(schedule.sigma(schedule.t_max))
+    assert plan.rows[0].t == pytest.approx(schedule.t_max) and plan.prior_std == pytest.approx(
+        schedule.sigma(schedule.t_max)
+    )
     for row, after in zip(plan.rows[:-1], plan.rows[1:], strict=True):
         assert row.to == pytest.approx(after.t) and row.to <= row.t * (1 + 1e-12)
     assert not plan.rows[-1].noise
@@ -163,7 +165,11 @@ T = DDPM()
         (lambda: samplers.ddim(T, EPS, 2, times=[10, 900]), ValueError, "times: .* do not strictly descend"),
         (lambda: samplers.ddim(T, EPS, 2, times=[900.0]), ValueError, "times: 1 given for nfe = 2; give exactly 2"),
         (lambda: samplers.ddim(T, EPS, 2, times=900.0), ValueError, "times: 1 given for nfe = 2; give exactly 2"),
-        (lambda: samplers.consistency(EDM(), F, 2, times=[80.0, 0.001]), ValueError, "times: 0.001 lies outside EDM's range"),
+        (
+            lambda: samplers.consistency(EDM(), F, 2, times=[80.0, 0.001]),
+            ValueError,
+            "times: 0.001 lies outside EDM's range",
+        ),
         (lambda: samplers.consistency(EDM(), F, 2, times=[80.0, math.nan]), ValueError, "times: nan lies outside"),
         (lambda: samplers.euler_maruyama(EDM(), F, 9), ValueError, "EDM has no SDE here; use VP, SubVP or VE"),
         (lambda: samplers.heun(Flow(t_max=1.0), F, 9), ValueError, "ratio_min, ratio_max: .* from inf .*ratio_max=80"),

@@ -208,10 +208,12 @@ def test_wrapped_networks():
 def test_weights_not_finite():
     model = tiny()
     model.network.conv_in.bias.data[0] = float("nan")
-    with pytest.raises(FloatingPointError, match=r"model: \d+ of 64 pixels came out NaN .* weights conv_in.bias are not finite"):
+    with pytest.raises(
+        FloatingPointError, match=r"model: \d+ of 64 pixels came out NaN .* weights conv_in.bias are not finite"
+    ):
         fastdiff.sample(model, 2, seeds=[0])
     net = fastdiff.wrap(lambda x, t: x / 0, schedule=schedules.EDM(), shape=(1, 2, 2))
-    with pytest.raises(FloatingPointError, match="its weights are finite: try dtype=torch.float32"):
+    with pytest.raises(FloatingPointError, match=r"its weights are finite: try dtype=torch.float32"):
         fastdiff.sample(net, 1, seeds=[0])
 
 
@@ -244,7 +246,11 @@ BAD = [
     ({"model": torch.nn.Identity()}, TypeError, "alone does not say how it was trained; wrap it with its schedule"),
     ({"model": lambda x, t: x}, TypeError, "alone does not say how it was trained"),
     ({"model": "nowhere.safetensors"}, FileNotFoundError, "nowhere.safetensors is no file"),
-    ({"model": fastdiff.wrap(lambda x, t: x, schedule=schedules.EDM())}, ValueError, "its image shape is not known; give it"),
+    (
+        {"model": fastdiff.wrap(lambda x, t: x, schedule=schedules.EDM())},
+        ValueError,
+        "its image shape is not known; give it",
+    ),
     ({"model": tiny(labels=0), "labels": 1}, ValueError, "labels: this model is unconditional; leave labels out"),
 ]
 

@@ -34,7 +34,9 @@ def test_time_of_inverts_ratio(schedule):
 def test_ratio_rises_and_snr_follows(schedule):
     t = grid(schedule)
     assert np.all(np.diff(schedule.ratio(t)) > 0) and np.all(schedule.sigma(t) > 0) and np.all(schedule.alpha(t) > 0)
-    np.testing.assert_allclose(schedule.log_snr(t), 2 * np.log(schedule.alpha(t) / schedule.sigma(t)), rtol=1e-12, atol=1e-12)
+    np.testing.assert_allclose(
+        schedule.log_snr(t), 2 * np.log(schedule.alpha(t) / schedule.sigma(t)), rtol=1e-12, atol=1e-12
+    )
     assert schedule.prior_std == schedule.sigma(schedule.t_max)
 
 
@@ -55,7 +57,9 @@ def test_formulas():
     np.testing.assert_allclose(SubVP().sigma(t), 1 - np.exp(2 * log_mean), rtol=1e-11)
     np.testing.assert_allclose(VE().level(t), 0.01 * 5000.0**t, rtol=1e-14)
     np.testing.assert_allclose(TrigFlow().ratio(t), 0.5 * np.tan(t), rtol=1e-14)
-    assert TrigFlow().ratio(TrigFlow().t_max) == pytest.approx(80.0) and TrigFlow().ratio(TrigFlow().t_min) == pytest.approx(0.002)
+    assert TrigFlow().ratio(TrigFlow().t_max) == pytest.approx(80.0) and TrigFlow().ratio(TrigFlow().t_min) == pytest.approx(
+        0.002
+    )
     np.testing.assert_array_equal(Flow().alpha(t) + Flow().sigma(t), 1.0)
     for edm in (EDM(), VE()):
         np.testing.assert_array_equal(edm.sigma(t), t)

@@ -9,7 +9,15 @@ from fastdiff import UNet, UNetConfig
 from fastdiff.nn import Attention, FourierEmbedding, PositionalEmbedding
 
 TINY = UNetConfig(
-    resolution=8, in_channels=1, out_channels=1, channels=8, multipliers=(1, 2), blocks=1, attention=(4,), groups=4, dropout=0.0
+    resolution=8,
+    in_channels=1,
+    out_channels=1,
+    channels=8,
+    multipliers=(1, 2),
+    blocks=1,
+    attention=(4,),
+    groups=4,
+    dropout=0.0,
 )
 VARIANTS = {
     "ddpm": TINY,
@@ -134,7 +142,9 @@ def test_conditioning_kinds_differ():
     block = awake(VARIANTS["adm"]).down[0]
     x, e = torch.randn(2, 8, 8, 8), torch.randn(2, TINY.embedding_width)
     scale, shift = block.condition(e).chunk(2, 1)
-    h = torch.nn.functional.group_norm(block.conv0(block.norm0(x)), block.norm1.groups, block.norm1.weight, block.norm1.bias, 1e-6)
+    h = torch.nn.functional.group_norm(
+        block.conv0(block.norm0(x)), block.norm1.groups, block.norm1.weight, block.norm1.bias, 1e-6
+    )
     h = torch.nn.functional.silu(h * (1 + scale[..., None, None]) + shift[..., None, None])
     torch.testing.assert_close(block(x, e), x + block.conv1(h), rtol=1e-5, atol=1e-5)
 

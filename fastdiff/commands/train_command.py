@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import importlib.util
 import shlex
 import sys
 from pathlib import Path
@@ -65,6 +66,8 @@ def run(
         report_every=report_every,
         info=info,
     )
+    if report_every and importlib.util.find_spec("matplotlib") is None:
+        typer.echo("loss.png needs matplotlib (pip install -e '.[train]'); the loss itself is in loss.csv")
     if trainer.step:
         typer.echo(f"continuing at {trainer.images:,} of {config.images:,} images")
     trainer.train()

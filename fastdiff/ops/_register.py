@@ -129,7 +129,7 @@ def load_native() -> None:
 def load_triton() -> None:
     """Register the Triton kernels for CUDA tensors; they, and Triton, are imported at the first CUDA call.
 
-    After load_native(): where the extension has a CUDA kernel of its own it is there because it beats Triton, and stays.
+    After load_native(): an op that the extension serves on CUDA keeps that kernel, so that each op has one.
     """
     global triton_error
     if importlib.util.find_spec("triton") is None:

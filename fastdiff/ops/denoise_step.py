@@ -57,14 +57,19 @@ def _sample_rows(table, row, x):
 def reference(x, F, saved, history, net_in, seeds, coefficients, codes, row):
     c, k = _sample_rows(coefficients, row, x), codes[row]
     out = c[C.X] * x
+
+    def times(column, t):
+        # 0 times an unwritten buffer is 0, whatever is in the buffer
+        return torch.where(c[column] != 0, c[column] * t, 0)
+
     if F is not None:
         d = c[C.SKIP] * x + c[C.OUT] * F.to(x.dtype)
         dc = d.clamp(-1, 1)
         out = out + c[C.D] * d + c[C.D_CLIP] * dc
     if saved.numel():
-        out = out + c[C.SAVED] * saved
+        out = out + times(C.SAVED, saved)
     for j in range(min(history.shape[0], HISTORY)):
-        out = out + c[C.H0 + j] * history[j]
+        out = out + times(C.H0 + j, history[j])
     for amount, column in ((c[C.N1], K.DRAW1), (c[C.N2], K.DRAW2)):
         if amount.any():
             out = out + amount * _draws(seeds, k[:, column], x)

@@ -81,7 +81,7 @@ def box_muller(w0: torch.Tensor, w1: torch.Tensor) -> tuple[torch.Tensor, torch.
     f = ((shifted & 0x7FFFFF) + SQRT_HALF_BITS).view(torch.float32) - 1.0
     squared = exponent * -LN2_TIMES_2 + f * _polynomial(LOG_POLY, f)
     # torch.sqrt in float32 on CPUs is not correctly rounded; float64 then one rounding is.
-    r = squared.clamp_min(0.0).double().sqrt().float()
+    r = squared.double().sqrt().float()
 
     quarter = ((w1 << 2) & MASK).to(torch.int64)
     quarter = torch.where(quarter >= 2**31, quarter - 2**32, quarter)

@@ -66,10 +66,16 @@ def load_mnist(folder: str | Path, train: bool = True, download: bool = False, s
 def _read_loose(folder: Path, train: bool) -> tuple[Tensor, Tensor]:
     from torchvision.datasets.mnist import read_image_file, read_label_file
 
+    def read_plain(plain: Path, reader, path: Path):
+        try:
+            return reader(str(plain))
+        except (AssertionError, RuntimeError, TypeError, ValueError, KeyError, IndexError) as error:
+            raise ValueError(f"data: {path} is damaged ({error}); copy it again") from error
+
     def read(name: str, reader):
         path = folder / f"{_FILES[train]}-{name}"
         if path.is_file():
-            return reader(str(path))
+            return read_plain(path, reader, path)
         packed = path.with_name(path.name + ".gz")
         if not packed.is_file():
             raise FileNotFoundError(f"data: {packed} is missing; all four MNIST files must be in {folder}")
@@ -80,6 +86,11 @@ def _read_loose(folder: Path, train: bool) -> tuple[Tensor, Tensor]:
             except (OSError, EOFError) as error:
                 raise ValueError(f"data: {packed} is damaged ({error}); copy it again") from error
             plain.flush()
-            return reader(plain.name)
+            return read_plain(Path(plain.name), reader, packed)
 
-    return read("images-idx3-ubyte", read_image_file), read("labels-idx1-ubyte", read_label_file)
+    images, labels = read("images-idx3-ubyte", read_image_file), read("labels-idx1-ubyte", read_label_file)
+    if len(images) != len(labels):
+        raise ValueError(
+            f"data: {folder} has {len(images)} {_FILES[train]}-images but {len(labels)} labels; copy both again"
+        )
+    return images, labels

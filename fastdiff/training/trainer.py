@@ -69,9 +69,7 @@ class Trainer:
 
     def _initialise(self, init: Model) -> None:
         if not isinstance(init.network, UNet) or init.network.config != self.config.network:
-            raise ValueError(
-                "init: its network is not the one to be trained; use a checkpoint of the same architecture"
-            )
+            raise ValueError("init: its network is not the one to be trained; use a checkpoint of the same architecture")
         self.network.load_state_dict(init.network.state_dict())
 
     @property
@@ -128,6 +126,7 @@ class Trainer:
         fall = 0.5 * (1 + math.cos(math.pi * self.step / config.steps)) if config.decay else 1.0
         return config.lr * rise * fall
 
+    @torch.no_grad()  # or the averages would hold the graph of every step, and no resumed run could update them
     def _update_ema(self) -> None:
         halflife = min(self.config.ema_halflife, 0.05 * self.images)
         torch._foreach_lerp_(self.ema, list(self.network.parameters()), 1 - 0.5 ** (self.config.batch / halflife))
@@ -208,7 +207,7 @@ class Trainer:
         state = torch.load(path, map_location=self.device, weights_only=True)
         self._same_config(json.loads(state["config"]))
         self.network.load_state_dict(state["network"])
-        self.ema = list(state["ema"])
+        self.ema = [e.detach() for e in state["ema"]]
         self.optimizer.load_state_dict(state["optimizer"])
         self.step = state["step"]
         self.log.keep(self.step)

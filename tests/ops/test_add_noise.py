@@ -10,7 +10,17 @@ from fastdiff.ops import Domain, add_noise, philox_normal, seed_tensor
 module = sys.modules["fastdiff.ops.add_noise"]
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 # Whole vectors, odd sides whose samples are no whole number of blocks, one channel, many, no image, a vector, nothing.
-SHAPES = [(2, 3, 32, 32), (3, 3, 7, 5), (2, 1, 9, 9), (1, 130, 6, 7), (4, 10), (5,), (2, 3, 0, 4), (0, 3, 4, 4), (1, 2, 3, 4, 5)]
+SHAPES = [
+    (2, 3, 32, 32),
+    (3, 3, 7, 5),
+    (2, 1, 9, 9),
+    (1, 130, 6, 7),
+    (4, 10),
+    (5,),
+    (2, 3, 0, 4),
+    (0, 3, 4, 4),
+    (1, 2, 3, 4, 5),
+]
 
 
 def inputs(shape, dtype=torch.float32, k=2, channels_last=False):
@@ -44,7 +54,14 @@ def test_noise_bits(isa, channels_last):
 
 def test_views(isa, accurate):
     x0, seeds, c = inputs((4, 6, 10, 12))
-    for view in (x0[:, 1:4], x0[:, :, ::2, 1::3], x0.transpose(2, 3), x0[:, ::2], x0.permute(0, 2, 3, 1), x0[:1].expand(4, -1, -1, -1)):
+    for view in (
+        x0[:, 1:4],
+        x0[:, :, ::2, 1::3],
+        x0.transpose(2, 3),
+        x0[:, ::2],
+        x0.permute(0, 2, 3, 1),
+        x0[:1].expand(4, -1, -1, -1),
+    ):
         args = (seeds, c, 0, 2)
         truth = module.reference(view.double(), *args)
         accurate(torch.ops.fastdiff.add_noise(view, *args), module.reference(view, *args), truth)

@@ -16,7 +16,9 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 def table(dtype=torch.float32):
     """Rows: everything at once; no noise, D kept; one noise; no evaluation, x saved; second noise, Dc kept in slot 0."""
     c = torch.randn(5, len(C), generator=torch.Generator().manual_seed(2)).to(dtype)
-    k = torch.tensor([[3, 9, 1, 1, 1], [0, 0, 0, 2, 0], [11, 0, 0, -1, 0], [5, 6, 1, -1, 0], [0, 7, 0, 0, 1]], dtype=torch.int32)
+    k = torch.tensor(
+        [[3, 9, 1, 1, 1], [0, 0, 0, 2, 0], [11, 0, 0, -1, 0], [5, 6, 1, -1, 0], [0, 7, 0, 0, 1]], dtype=torch.int32
+    )
     c[1, [C.N1, C.N2, C.SAVED]] = 0
     c[2, [C.N2, C.H1, C.D_CLIP]] = 0
     c[3, [C.SKIP, C.OUT, C.D, C.D_CLIP]] = 0
@@ -66,7 +68,9 @@ def compare(arguments, row, accurate, dtype=torch.float32):
 
 @pytest.mark.parametrize("row", range(5))
 @pytest.mark.parametrize(
-    "channels_last", ["", "F net_in", "x F saved history net_in", "x saved", "history"], ids=lambda s: s.replace(" ", "+") or "none"
+    "channels_last",
+    ["", "F net_in", "x F saved history net_in", "x saved", "history"],
+    ids=lambda s: s.replace(" ", "+") or "none",
 )
 def test_values(isa, row, channels_last, accurate):
     # Whole Philox vectors; samples that are no whole number of blocks; one channel; more channels than a tile has room for.
@@ -81,7 +85,9 @@ def test_types(isa, network, dtype, accurate):
         compare(state(shape, network=network, channels_last=channels_last, dtype=dtype), 0, accurate, dtype)
 
 
-@pytest.mark.parametrize("shape", [(2, 3, 0, 4), (0, 3, 4, 4), (1, 1, 1, 1), (4, 10), (5,), (2, 3, 50), (1, 2, 3, 4, 5), (1, 3, 200, 100)])
+@pytest.mark.parametrize(
+    "shape", [(2, 3, 0, 4), (0, 3, 4, 4), (1, 1, 1, 1), (4, 10), (5,), (2, 3, 50), (1, 2, 3, 4, 5), (1, 3, 200, 100)]
+)
 def test_sizes(isa, shape, accurate):
     compare(state(shape), 0, accurate)
 
@@ -146,7 +152,9 @@ def test_nan_of_the_network_is_not_hidden(isa):
 def test_batch_split(isa):
     coefficients, codes = table()
     whole = state((5, 3, 9, 7))
-    parts = [{k: v[:, i:j].clone() if k == "history" else v[i:j].clone() for k, v in whole.items()} for i, j in ((0, 2), (2, 5))]
+    parts = [
+        {k: v[:, i:j].clone() if k == "history" else v[i:j].clone() for k, v in whole.items()} for i, j in ((0, 2), (2, 5))
+    ]
     for arguments in (whole, *parts):
         denoise_step(**arguments, coefficients=coefficients, codes=codes, row=torch.tensor([0]))
     assert torch.equal(whole["x"], torch.cat([p["x"] for p in parts]))

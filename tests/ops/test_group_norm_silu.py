@@ -12,7 +12,15 @@ module = sys.modules["fastdiff.ops.group_norm_silu"]
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 # Of the U-Nets: 64 x 8^2 and 160 x 7^2 (rows that end inside a vector); an image larger than the two-pass chunk; sides that
 # fit nothing; channels that end inside a vector; one image; 1-d and 3-d data.
-SHAPES = [(3, 64, 32, 8, 8), (2, 160, 32, 7, 7), (1, 6, 2, 65, 70), (2, 6, 3, 5, 7), (2, 20, 5, 3, 3), (3, 8, 2, 50), (1, 4, 2, 3, 4, 5)]
+SHAPES = [
+    (3, 64, 32, 8, 8),
+    (2, 160, 32, 7, 7),
+    (1, 6, 2, 65, 70),
+    (2, 6, 3, 5, 7),
+    (2, 20, 5, 3, 3),
+    (3, 8, 2, 50),
+    (1, 4, 2, 3, 4, 5),
+]
 
 
 def inputs(n, c, groups, *space, dtype=torch.float32, channels_last=False, optional=True, mean=3.0):
@@ -55,7 +63,9 @@ def test_gradients_against_float64(isa, dtype, channels_last, accurate):
             stats = module.statistics(args[0], args[5], args[3])
             got = torch.ops.fastdiff.group_norm_silu_backward(dy, *args, stats, silu)
             plain = module.reference_backward(dy, *args, stats, silu)
-            truth = module.reference_backward(dy.double(), *double(args), module.statistics(*double([args[0], args[5]]), args[3]), silu)
+            truth = module.reference_backward(
+                dy.double(), *double(args), module.statistics(*double([args[0], args[5]]), args[3]), silu
+            )
             assert got[0].stride() == args[0].stride()
             # A sum of n terms of size s rounds by about sqrt(n) eps s whoever adds them; the mean in float32 alone moves
             # all terms together, which plain PyTorch's own error shows only by luck.
@@ -89,10 +99,15 @@ def test_extreme_values(isa):
     y = group_norm_silu(x, torch.full((4,), 1e4), torch.zeros(4), 2)
     assert y.isfinite().all() and (y[x < x.mean()].abs().min() <= 0.5)
     x[0, 1, 3] = float("nan")
-    assert group_norm_silu(x, torch.ones(4), torch.zeros(4), 2).isnan().any(-1).tolist() == [[True, True, False, False], [False] * 4]
+    assert group_norm_silu(x, torch.ones(4), torch.zeros(4), 2).isnan().any(-1).tolist() == [
+        [True, True, False, False],
+        [False] * 4,
+    ]
 
 
-@pytest.mark.parametrize("shape", [(0, 4, 2, 3, 3), (2, 4, 2, 0, 3), (2, 4, 2), (2, 4, 4), (1, 1, 1, 1, 1), (1, 3, 3, 1, 1), (5, 300, 10, 1, 1)])
+@pytest.mark.parametrize(
+    "shape", [(0, 4, 2, 3, 3), (2, 4, 2, 0, 3), (2, 4, 2), (2, 4, 4), (1, 1, 1, 1, 1), (1, 3, 3, 1, 1), (5, 300, 10, 1, 1)]
+)
 @pytest.mark.parametrize("channels_last", [False, True])
 def test_small_and_empty(isa, shape, channels_last, accurate):
     args = inputs(*shape, channels_last=channels_last)
@@ -110,7 +125,14 @@ def test_small_and_empty(isa, shape, channels_last, accurate):
 def test_views(isa, accurate):
     args = inputs(4, 12, 3, 10, 12, optional=False)
     x = args[0]
-    for view in (x[:, 2:8], x[:, :, ::2, 1::3], x.transpose(2, 3), x[:, ::2], x[:1].expand(4, -1, -1, -1), x.permute(0, 3, 1, 2)):
+    for view in (
+        x[:, 2:8],
+        x[:, :, ::2, 1::3],
+        x.transpose(2, 3),
+        x[:, ::2],
+        x[:1].expand(4, -1, -1, -1),
+        x.permute(0, 3, 1, 2),
+    ):
         c = view.shape[1]
         args = [view, torch.randn(c), torch.randn(c), 3 if c % 3 == 0 else 2, 1e-5, None, None, None]
         y, _ = torch.ops.fastdiff.group_norm_silu(*args, None, True)
@@ -213,7 +235,9 @@ def test_compiles_as_one_graph():
 
     eager, compiled = loss(*args), torch.compile(loss, fullgraph=True)(*args)
     torch.testing.assert_close(compiled, eager)
-    torch.testing.assert_close(torch.autograd.grad(compiled, tensors), torch.autograd.grad(eager, tensors), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        torch.autograd.grad(compiled, tensors), torch.autograd.grad(eager, tensors), rtol=1e-5, atol=1e-5
+    )
 
 
 @pytest.mark.parametrize(

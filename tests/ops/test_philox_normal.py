@@ -167,7 +167,10 @@ print(philox_normal(seed_tensor([1]), 0, (3,)))
 @pytest.mark.parametrize("strict", ["0", "1"])
 def test_strict_forbids_the_silent_reference(strict):
     run = subprocess.run(
-        [sys.executable, "-c", WITHOUT_KERNELS], env={**os.environ, "FASTDIFF_STRICT": strict}, capture_output=True, text=True
+        [sys.executable, "-c", WITHOUT_KERNELS],
+        env={**os.environ, "FASTDIFF_STRICT": strict},
+        capture_output=True,
+        text=True,
     )
     if strict == "0":
         assert run.returncode == 0 and "tensor" in run.stdout, run.stderr

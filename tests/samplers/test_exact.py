@@ -77,7 +77,9 @@ def test_gaussian_moments(name, make_mixture, replay):
         plan = samplers.SAMPLERS[sampler](schedule, fastdiff.Prediction(kind, raw=True), nfe, **options)
         mean, std = moments(plan, data, replay)
         # The start has mean 0 where the marginal has alpha mu; the ODE shrinks that by std / ratio.
-        assert abs(mean - MU) <= 2 * MU * STD / float(schedule.ratio(plan.times[0])) + 0.2 / steps * (sampler == "euler-maruyama")
+        assert abs(mean - MU) <= 2 * MU * STD / float(schedule.ratio(plan.times[0])) + 0.2 / steps * (
+            sampler == "euler-maruyama"
+        )
         errors.append(abs(std / STD - 1))
     # A pure power would give 1/2 or 1/4; higher terms move that, and 5e-4 is the start's and the last step's own error.
     assert errors[1] <= {1: 0.62, 2: 0.3}[order] * errors[0] + 5e-4, errors
@@ -131,7 +133,7 @@ def ends_at(sampler, schedule, nfe, data, **options):
     model = wrapped(schedule, data, "x0")
     z = torch.linspace(-2, 2, 60).reshape(1, 3, 4, 5)
     with torch.inference_mode():
-        got = execute(plan, model.network, fastdiff.ops.seed_tensor([0]), SHAPE[:1] + (4, 5), x_T=z).double()
+        got = execute(plan, model.network, fastdiff.ops.seed_tensor([0]), (*SHAPE[:1], 4, 5), x_T=z).double()
     levels = [float(schedule.ratio(t)) for t in (plan.times[0], plan.times[-1])]
     y = z.double() * plan.prior_std / float(schedule.alpha(plan.times[0]))
     flow = math.sqrt(STD**2 + levels[1] ** 2) / math.sqrt(STD**2 + levels[0] ** 2)

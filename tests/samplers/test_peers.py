@@ -85,7 +85,9 @@ def test_peer_consistency(name, recorded, make_mixture, replay):
     assert (got - recorded[f"{name}/x_final"]).abs().max() <= 1e-9
 
 
-@pytest.mark.parametrize("name", ["edm/heun_n18", "cm/euler_n18", "guided/ddim50_linear_noclip", "guided/ddim50_cosine_clip"])
+@pytest.mark.parametrize(
+    "name", ["edm/heun_n18", "cm/euler_n18", "guided/ddim50_linear_noclip", "guided/ddim50_cosine_clip"]
+)
 def test_peer_executed(name, recorded, make_mixture, make_oracle):
     """The deterministic ones through `execute`: float32 state, the fused op. 2e-6: what the peers' own float32 runs lose."""
     make, tolerance = CASES[name]

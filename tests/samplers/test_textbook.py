@@ -178,9 +178,7 @@ CASES = {
     "euler-edm": Case(lambda: samplers.euler(EDM(), F, 12), book_edm(12, 80, 0.002, False), 12),
     "heun-edm-35": Case(lambda: samplers.heun(EDM(), F, 35), book_edm(18, 80, 0.002, True), 35),
     "heun-edm-clipped": Case(lambda: samplers.heun(EDM(), F, 9, clip=True), book_edm(5, 80, 0.002, True, clip=True), 9),
-    "heun-edm-churned": Case(
-        lambda: samplers.heun(EDM(), F, 31, **CHURNED), book_edm(16, 80, 0.002, True, churn=CHURN), 31
-    ),
+    "heun-edm-churned": Case(lambda: samplers.heun(EDM(), F, 31, **CHURNED), book_edm(16, 80, 0.002, True, churn=CHURN), 31),
     # S_max unbounded: the very first step is churned too, by a row that evaluates nothing
     "heun-churned-from-the-start": Case(
         lambda: samplers.heun(EDM(), F, 9, S_churn=5.0), book_edm(5, 80, 0.002, True, churn=(5.0, 0, math.inf, 1.0)), 9
@@ -209,7 +207,9 @@ CASES = {
     "em-subvp": Case(lambda: samplers.euler_maruyama(SubVP(), EPS, 50), book_vp_em(50, True), 50),
     "em-ve": Case(lambda: samplers.euler_maruyama(VE(), EPS, 50), book_ve_em(50), 50),
     "consistency-ect": Case(
-        lambda: samplers.consistency(EDM(), F, 4, times=[80.0, 5.0, 1.2, 0.4]), book_consistency([80.0, 5.0, 1.2, 0.4], 0.0), 4
+        lambda: samplers.consistency(EDM(), F, 4, times=[80.0, 5.0, 1.2, 0.4]),
+        book_consistency([80.0, 5.0, 1.2, 0.4], 0.0),
+        4,
     ),
     "consistency-one": Case(lambda: samplers.consistency(EDM(), F, 1), book_consistency([80.0], 0.0), 1),
 }

@@ -36,7 +36,7 @@ def finish(process):
 def test_killed(mnist_folder, tmp_path):
     finish(start(mnist_folder, tmp_path / "whole"))
     state, rng, steps = tmp_path / "cut" / "state.pt", random.Random(0), []
-    for _ in range(3):
+    for _ in range(2):
         process = start(mnist_folder, tmp_path / "cut")
         before, deadline = state.stat().st_mtime_ns if state.exists() else 0, time.monotonic() + 120
         while not (state.exists() and state.stat().st_mtime_ns != before):
