@@ -14,7 +14,7 @@ import enum
 import torch
 
 from fastdiff.ops import _register
-from fastdiff.ops.philox_normal import Domain, normal_float32
+from fastdiff.ops.philox_normal import MASK, Domain, normal_float32
 
 HISTORY = 4  # most slots that one row can read
 
@@ -88,9 +88,10 @@ def _flag(condition, x):
 
 
 def _draws(seeds, draws, x):
+    # Draws are 32-bit words, kept as int32 bit patterns.
     if draws.shape[0] == 1:
-        return normal_float32(seeds, int(draws[0]), Domain.STEP, x.shape[1:]).to(x.dtype)
-    each = [normal_float32(s.reshape(1), int(d), Domain.STEP, x.shape[1:]) for s, d in zip(seeds, draws, strict=True)]
+        return normal_float32(seeds, int(draws[0]) & MASK, Domain.STEP, x.shape[1:]).to(x.dtype)
+    each = [normal_float32(s.reshape(1), int(d) & MASK, Domain.STEP, x.shape[1:]) for s, d in zip(seeds, draws, strict=True)]
     return torch.cat(each).to(x.dtype) if each else torch.empty_like(x)
 
 
