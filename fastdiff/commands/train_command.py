@@ -78,3 +78,5 @@ def _positive(config) -> None:
     for name in ("images", "batch", "lr"):
         if not getattr(config, name) > 0:
             raise ValueError(f"{name}: {getattr(config, name)} makes no training; give a number > 0")
+    if not 0 <= config.seed < 2**23:
+        raise ValueError(f"seed: {config.seed} is out of range; give 0 ... {2**23 - 1}")

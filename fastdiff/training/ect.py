@@ -33,11 +33,10 @@ def loss(network, config, batch):
         skip, out, inner = (torch.from_numpy(v).to(x).reshape(-1, 1, 1, 1) for v in (c.c_skip, c.c_out, c.c_in))
         return skip * x + out * run(network, inner * x, c.c_noise, batch.labels)
 
-    state = torch.get_rng_state()
-    d_t = denoise(x_t, at_t)
-    torch.set_rng_state(state)
-    with torch.no_grad():
+    # The fork gives the generators back as they were, so that both evaluations drop the same units.
+    with torch.random.fork_rng([x_t.device] if x_t.is_cuda else []), torch.no_grad():
         d_r = denoise(x_r, at_r)
+    d_t = denoise(x_t, at_t)
     zero = torch.from_numpy(r == 0).to(x_t.device).reshape(-1, 1, 1, 1)
     target = torch.where(zero, batch.x0, d_r)
     # Per pixel, so that the learning rate does not depend on the resolution.

@@ -6,6 +6,7 @@ one bit for bit on a CPU.
 """
 
 import contextlib
+import dataclasses
 import json
 import math
 import signal
@@ -200,6 +201,8 @@ class Trainer:
         atomically(self.out / "state.pt", lambda temporary: torch.save(state, temporary))
 
     def _resume(self) -> None:
+        for unfinished in self.out.glob(".*.part"):  # of a write that a kill cut short
+            unfinished.unlink()
         path = self.out / "state.pt"
         if not path.exists():
             self.log.keep(0)
@@ -214,7 +217,9 @@ class Trainer:
 
     def _same_config(self, old: dict) -> None:
         new = json.loads(json.dumps(self.config.to_dict()))
-        changed = [f"{k}: {old.get(k)} there, {new[k]} now" for k in new if old.get(k) != new[k]]
+        # A setting younger than the run had its default then.
+        old = {f.name: f.default for f in dataclasses.fields(TrainConfig)} | old
+        changed = [f"{k}: {old[k]} there, {new[k]} now" for k in new if old[k] != new[k]]
         if changed:
             raise ValueError(
                 f"out: {self.out} holds a run with other settings ({'; '.join(changed)}); "
