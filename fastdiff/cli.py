@@ -58,6 +58,8 @@ def train(
     batch: Annotated[int | None, typer.Option(help="Images per step.")] = None,
     lr: Annotated[float | None, typer.Option(help="Largest learning rate.")] = None,
     seed: Annotated[int | None, typer.Option(help="Everything random follows from it.")] = None,
+    p_mean: Annotated[float | None, typer.Option(help="EDM: mean of ln sigma in training. [default: -1.2]")] = None,
+    p_std: Annotated[float | None, typer.Option(help="EDM: its standard deviation. [default: 1.2]")] = None,
     device: Annotated[str | None, typer.Option(help="cpu or cuda. [default: a GPU where there is one]")] = None,
     bf16: Annotated[bool | None, typer.Option(help="bfloat16 autocast. [default: where the machine has it]")] = None,
     checkpoint_every: Annotated[int, typer.Option(help="Images between checkpoints.")] = 25_600,
@@ -74,8 +76,25 @@ def train(
     """
     from fastdiff.commands import train_command
 
-    changes = {"images": images, "batch": batch, "lr": lr, "seed": seed, "bf16": bf16}
+    changes = {"images": images, "batch": batch, "lr": lr, "seed": seed, "bf16": bf16, "p_mean": p_mean, "p_std": p_std}
     train_command.run(preset, data, out, init, changes, device, checkpoint_every, report_every, download)
+
+
+@app.command()
+def average(
+    models: Annotated[list[str], typer.Argument(help="Checkpoints of runs that went on from the same weights.")],
+    out: Annotated[Path, typer.Option(help="Checkpoint to write.")],
+    dtype: Annotated[str, typer.Option(help="Of the stored weights: float32, bfloat16 or float16.")] = "float32",
+) -> None:
+    """Average the weights of several models into one; of a single model, write it again.
+
+    \b
+    fastdiff average runs/a/model.safetensors runs/b/model.safetensors --out both.safetensors
+    fastdiff average runs/ect/model.safetensors --dtype float16 --out small.safetensors
+    """
+    from fastdiff.commands import average_command
+
+    average_command.run(models, out, dtype)
 
 
 @app.command()

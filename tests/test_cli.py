@@ -150,6 +150,29 @@ def test_info_shows_every_op_and_the_checkpoint(fastdiff_command, checkpoint):
     assert fastdiff.load(checkpoint).hash() in out and "10 classes" in out
 
 
+def test_average_of_two_models_and_its_provenance(fastdiff_command, checkpoint):
+    one, two = fastdiff.load(checkpoint), fastdiff.load(checkpoint)
+    one.info, two.info = {"command": "a && b"}, {"command": "a && c"}
+    two.network.conv_out.bias.data += 2
+    one.save("one.safetensors")
+    two.save("two.safetensors")
+    assert fastdiff_command("average", "one.safetensors", "two.safetensors", "--out", "mean.safetensors")[0] == 0
+    mean = fastdiff.load("mean.safetensors")
+    assert torch.equal(mean.network.conv_out.bias, one.network.conv_out.bias + 1)
+    assert torch.equal(mean.network.conv_in.weight, one.network.conv_in.weight)
+    assert mean.info["command"].startswith("a && b && c && fastdiff average one.safetensors")
+    assert fastdiff_command("average", "mean.safetensors", "--dtype", "float16", "--out", "half.safetensors")[0] == 0
+    assert fastdiff.load("half.safetensors").info["command"] == mean.info["command"]
+
+
+def test_average_refuses_models_of_different_kinds(fastdiff_command, checkpoint):
+    other = fastdiff.load(checkpoint)
+    other.family = "consistency"
+    other.save("other.safetensors")
+    status, _, err = fastdiff_command("average", checkpoint, "other.safetensors", "--out", "x.safetensors")
+    assert status == 2 and "their family differs" in err
+
+
 def test_train_refuses_a_misspelt_preset_and_missing_data(fastdiff_command):
     assert "did you mean mnist-edm?" in fastdiff_command("train", "--preset", "mnist-emd", "--data", ".", "--out", "r")[2]
     assert "no MNIST in" in fastdiff_command("train", "--preset", "mnist-edm", "--data", ".", "--out", "r")[2]

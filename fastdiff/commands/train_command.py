@@ -12,6 +12,7 @@ import torch
 import typer
 
 import fastdiff
+from fastdiff.commands.average_command import chain
 from fastdiff.model import load
 from fastdiff.training import PRESETS, Trainer, load_mnist
 
@@ -50,8 +51,9 @@ def run(
         raise ValueError(f"init: {preset} starts from a trained {config.init} model; give --init RUN/model.safetensors")
     start = None if init is None else load(init)
     images = load_mnist(data, download=download, seed=config.seed)
+    own = shlex.join(["fastdiff", *sys.argv[1:]])
     info = {
-        "command": shlex.join(["fastdiff", *sys.argv[1:]]),
+        "command": chain([*([] if start is None else [start.info.get("command", f"({init})")]), own]),
         "data": f"MNIST, {len(images)} training images",
         "licence": "Apache-2.0 (weights); trained on MNIST, CC BY-SA 3.0",
         "versions": {"fastdiff": fastdiff.__version__, "torch": str(torch.__version__)},

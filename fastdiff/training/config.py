@@ -27,6 +27,8 @@ class TrainConfig:
     ema_halflife: int = 500_000  # in images; early on 5 % of the images seen
     bf16: bool = True  # autocast, where the device has it
     seed: int = 0
+    p_mean: float = -1.2  # edm: ln sigma ~ N(p_mean, p_std^2)
+    p_std: float = 1.2
     q: float = 2.0  # ect: the gap t - r shrinks as q^-(stage + 1)
     stages: int = 8  # ect: number of stages, of equal length
     huber: float = 0.0  # ect: c of the pseudo-Huber distance; 0 is the plain norm
@@ -76,7 +78,7 @@ PRESETS: dict[str, TrainConfig] = {
         images=300_000,
         lr=1e-3,
         optimizer="radam",
-        times={1: [80.0], 2: [80.0, 0.821], 4: [80.0, 5.0, 1.2, 0.4]},
+        times={1: [80.0], 2: [80.0, 1.4], 4: [80.0, 5.0, 1.2, 0.5]},
         init="mnist-edm",
     ),
 }
