@@ -8,6 +8,8 @@ from torch.nn import functional
 
 from fastdiff import ops
 
+ROWS = 16  # matrices in `Linear` get whole multiples of so many rows, see _order_matters
+
 
 def _initialise(layer: nn.Conv2d | nn.Linear, gain: float = 1.0) -> None:
     """Uniform with variance gain / fan_average (DDPM's initialiser); gain 0 makes a branch start as the identity."""
@@ -19,12 +21,44 @@ def _initialise(layer: nn.Conv2d | nn.Linear, gain: float = 1.0) -> None:
         nn.init.zeros_(layer.bias)
 
 
+def _order_matters(x: Tensor) -> bool:
+    """True in eager float32 inference on CPUs, where an image shall not depend on the batch it is in.
+
+    There PyTorch picks algorithms, and with them the order of summation, by batch size: another library for convolutions
+    of a single small image, other blockings for 1x1 convolutions and for matrices of few rows. The branches below keep one
+    algorithm for all batch sizes, and the packaged model's images are equal bit for bit.
+    """
+    plain = x.device.type == "cpu" and x.dtype == torch.float32 and torch.backends.mkldnn.is_available()
+    return plain and not (
+        torch.is_grad_enabled() or torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling() or x.numel() == 0
+    )
+
+
 class Conv2d(nn.Conv2d):
     """Same-size convolution (stride 1) or halving convolution (stride 2), initialised as in DDPM."""
 
     def __init__(self, inputs: int, outputs: int, kernel: int = 3, stride: int = 1, gain: float = 1.0):
         super().__init__(inputs, outputs, kernel, stride, padding=kernel // 2)
         _initialise(self, gain)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not _order_matters(x):
+            return super().forward(x)
+        if self.kernel_size == (1, 1):
+            return self._pointwise(x)
+        if x.shape[0] > 1:
+            return super().forward(x)
+        padding = [k // 2 for k in self.kernel_size]
+        return torch.mkldnn_convolution(x, self.weight, self.bias, padding, self.stride, self.dilation, self.groups)
+
+    def _pointwise(self, x: Tensor) -> Tensor:
+        """A 1x1 convolution as one matrix product per image, which is channels-last already."""
+        b, c, h, w = x.shape
+        rows = x.permute(0, 2, 3, 1).reshape(b, h * w, c)
+        weight = self.weight.reshape(1, -1, c).mT.expand(b, -1, -1)
+        assert self.bias is not None
+        y = torch.baddbmm(self.bias.expand(b, h * w, -1), rows, weight)
+        return y.reshape(b, h, w, -1).permute(0, 3, 1, 2)
 
 
 class Linear(nn.Linear):
@@ -33,6 +67,11 @@ class Linear(nn.Linear):
     def __init__(self, inputs: int, outputs: int, gain: float = 1.0):
         super().__init__(inputs, outputs)
         _initialise(self, gain)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not _order_matters(x):
+            return super().forward(x)
+        return super().forward(functional.pad(x, (0, 0, 0, -len(x) % ROWS)))[: len(x)]
 
 
 class GroupNormSiLU(nn.Module):
