@@ -8,6 +8,7 @@ from torch.nn import functional
 
 from fastdiff import ops
 
+ONEDNN = torch.backends.mkldnn.is_available()
 ROWS = 16  # matrices in `Linear` get whole multiples of so many rows, see _order_matters
 
 
@@ -28,10 +29,9 @@ def _order_matters(x: Tensor) -> bool:
     of a single small image, other blockings for 1x1 convolutions and for matrices of few rows. The branches below keep one
     algorithm for all batch sizes, and the packaged model's images are equal bit for bit.
     """
-    plain = x.device.type == "cpu" and x.dtype == torch.float32 and torch.backends.mkldnn.is_available()
-    return plain and not (
-        torch.is_grad_enabled() or torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling() or x.numel() == 0
-    )
+    if torch.compiler.is_compiling() or torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"):
+        return False
+    return ONEDNN and x.device.type == "cpu" and x.dtype == torch.float32 and x.numel() > 0
 
 
 class Conv2d(nn.Conv2d):

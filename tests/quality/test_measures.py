@@ -67,4 +67,5 @@ def test_reference_is_of_this_classifier_and_consistent():
     floors = [measures.floor(reference, n) for n in sorted(measures.FLOOR_SIZES)]
     assert floors == sorted(floors, reverse=True)  # more images, less bias
     a = measures.Gaussian(reference["a.mean"], reference["a.cov"])
-    assert measures.frechet(a, measures.half_b(reference)) == pytest.approx(reference["floor.30000"][0], rel=1e-6)
+    # Eigenvalues that are 0 but for rounding enter as sqrt(eps lambda_max), about 1e-6 in each of 84 dimensions.
+    assert measures.frechet(a, measures.half_b(reference)) == pytest.approx(reference["floor.30000"][0], abs=1e-4)
