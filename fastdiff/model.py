@@ -59,6 +59,12 @@ class Model:
         return Denoiser(self.network, self.schedule, self.prediction)
 
     @property
+    def device(self) -> torch.device:
+        """Where the network's first weight is; the CPU for a plain callable."""
+        weights = self.network.parameters() if isinstance(self.network, nn.Module) else iter(())
+        return next(weights, torch.empty(0)).device
+
+    @property
     def state(self) -> dict[str, Tensor]:
         """The network's weights; empty for a plain callable."""
         return dict(self.network.state_dict()) if isinstance(self.network, nn.Module) else {}

@@ -166,8 +166,7 @@ def _resolve(model, nfe: int, device) -> tuple[Model, torch.device]:
     if device is not None and torch.device(device).type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"device: {device} was asked for, but this machine has no usable CUDA GPU; use device='cpu'")
     if isinstance(model, Model):
-        own = next(iter(model.state.values()), torch.empty(0)).device
-        return model, torch.device(device) if device is not None else own
+        return model, torch.device(device) if device is not None else model.device
     default = "cuda" if torch.cuda.is_available() else "cpu"
     target = torch.device(device) if device is not None else torch.device(default)
     return load(packaged(nfe if hasattr(nfe, "__index__") else None) if model is None else model, target), target
@@ -176,7 +175,7 @@ def _resolve(model, nfe: int, device) -> tuple[Model, torch.device]:
 def _on_device(model: Model, device: torch.device) -> Callable[..., Tensor]:
     """The model's network on `device`; the caller's own stays where it is."""
     network = model.network
-    if isinstance(network, nn.Module) and any(t.device != device for t in model.state.values()):
+    if isinstance(network, nn.Module) and model.device != device:
         network = copy.deepcopy(network).to(device)
     return network
 
