@@ -101,7 +101,7 @@ def extension(choice: str):
         os.environ["CUDA_HOME"] = str(home)  # read when torch's module is imported
     from torch.utils.cpp_extension import CppExtension, CUDAExtension
 
-    sources = sorted(map(str, [*Path("csrc").glob("*.cpp"), *Path("csrc/cpu").glob("*.cpp")]))
+    sources = sorted(map(str, (p for folder in ("csrc", "csrc/bridge", "csrc/cpu") for p in Path(folder).glob("*.cpp"))))
     built_with = f'-DFASTDIFF_BUILT_WITH="{"cpu+cuda" if cuda else "cpu"}"'
     options = {"extra_compile_args": {"cxx": [TARGET, *CXX_FLAGS, built_with]}}
     if cuda:

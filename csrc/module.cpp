@@ -1,4 +1,4 @@
-// The Python module fastdiff._C: importing it registers the kernels (register.cpp); its functions tell what runs.
+// The Python module fastdiff._C: importing it registers the kernels (bridge/); its functions tell what runs.
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
 

@@ -1,4 +1,4 @@
-// What kernels and csrc/register.cpp share: storage types, tensors as raw pointers, threads. No torch headers.
+// What kernels and csrc/bridge share: storage types, tensors as raw pointers, threads. No torch headers.
 #pragma once
 
 #include <atomic>
@@ -83,7 +83,7 @@ template <class F> auto with_dtype(Dtype dtype, F&& f) {
   }
 }
 
-// body(begin, end) over [0, n), at least `grain` items a thread; defined in register.cpp with torch's thread pool.
+// body(begin, end) over [0, n), at least `grain` items a thread; defined in bridge/threads.cpp with torch's thread pool.
 void parallel_for_raw(int64_t n, int64_t grain, void (*body)(int64_t, int64_t, void*), void* context);
 int64_t threads();
 

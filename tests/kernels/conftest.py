@@ -10,7 +10,7 @@ import torch
 
 sys.path.append(str(Path(__file__).parent))  # for kernel_checks and edge_kernel: --import-mode=importlib adds no path
 HAS_GPU = torch.cuda.is_available()
-KERNELS = ("philox_normal", "add_noise", "denoise_step", "group_norm_silu", "group_norm_silu_backward")
+KERNELS = [p.stem for p in Path(__file__).parents[2].glob("kernels/triton/*.py") if p.stem != "__init__"]
 
 
 def _round_to_bfloat16(numpy, interpreter):

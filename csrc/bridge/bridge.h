@@ -1,0 +1,122 @@
+// What the bridges between PyTorch's dispatcher and the kernels share. Only this folder has torch headers (the stable ABI, so
+// that one build loads in every torch from 2.11 on); schemas live in fastdiff/ops/*.py.
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <optional>
+#include <tuple>
+
+#include "cpu/common.h"
+
+namespace fastdiff {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using Shape = torch::headeronly::IntHeaderOnlyArrayRef;
+
+inline Dtype dtype_of(ScalarType type, const char* name) {
+  switch (type) {
+    case ScalarType::Float: return Dtype::f32;
+    case ScalarType::BFloat16: return Dtype::bf16;
+    case ScalarType::Half: return Dtype::f16;
+    case ScalarType::Double: return Dtype::f64;
+    default: STD_TORCH_CHECK(false, name, ": only float32, bfloat16, float16 and float64 are supported"); return Dtype::f32;
+  }
+}
+inline ScalarType accumulate(const Tensor& x) { return x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float; }
+
+inline void check_cpu(const Tensor& t, const char* name) { STD_TORCH_CHECK(t.is_cpu(), name, ": must be on the CPU like the first argument"); }
+
+// Views of [N, C, ...] whose spatial dimensions share one stride; none where they do not.
+inline std::optional<View> try_view(const Tensor& t, const char* name) {
+  check_cpu(t, name);
+  const auto sizes = t.sizes(), strides = t.strides();
+  View v;
+  v.dtype = dtype_of(t.scalar_type(), name);
+  v.data = t.data_ptr();
+  v.n = sizes.size() > 0 ? strides[0] : 0;
+  v.c = sizes.size() > 1 ? strides[1] : 1;
+  int64_t s = 0, expected = -1;
+  for (size_t i = sizes.size(); i-- > 2;) {
+    if (sizes[i] == 1) continue;
+    if (expected < 0) s = strides[i];
+    else if (strides[i] != expected) return std::nullopt;
+    expected = strides[i] * sizes[i];
+  }
+  v.s = expected < 0 ? 1 : s;
+  if (expected < 0 && sizes.size() > 1 && sizes[1] > 1 && v.c == 1) v.s = sizes[1];  // one pixel: its channels are the run
+  return v;
+}
+
+inline int64_t spatial(const Tensor& t) {
+  int64_t s = 1;
+  for (size_t i = 2; i < t.sizes().size(); ++i) s *= t.sizes()[i];
+  return s;
+}
+
+inline bool is_rows(const View& v) { return v.s != 1 && v.c == 1; }
+inline bool same_kind(const View& a, const View& b) { return (a.s == 1 && b.s == 1) || (is_rows(a) && is_rows(b)); }
+
+// A small parameter as a contiguous tensor of the accumulation type; kept alive by the caller.
+inline Tensor parameter(const Tensor& t, ScalarType type, Shape shape, const char* name) {
+  check_cpu(t, name);
+  bool fits = t.sizes().size() == shape.size();
+  for (size_t i = 0; fits && i < shape.size(); ++i) fits = t.sizes()[i] == shape[i];
+  STD_TORCH_CHECK(fits, name, ": its shape does not fit x");
+  Tensor r = t.scalar_type() == type ? t : torch::stable::to(t, type);
+  return r.is_contiguous() ? r : torch::stable::contiguous(r);
+}
+inline std::optional<Tensor> parameter(const std::optional<Tensor>& t, ScalarType type, Shape shape, const char* name) {
+  if (!t) return std::nullopt;
+  return parameter(*t, type, shape, name);
+}
+inline const void* data(const std::optional<Tensor>& t) { return t ? t->data_ptr() : nullptr; }
+
+inline const int64_t* seed_data(const Tensor& seeds, int64_t n) {
+  check_cpu(seeds, "seeds");
+  STD_TORCH_CHECK(seeds.scalar_type() == ScalarType::Long && seeds.dim() == 1 && seeds.size(0) == n, "seeds: expected int64 [", n, "]");
+  return static_cast<const int64_t*>(seeds.data_ptr());
+}
+
+// A tensor that the kernel reads and maybe writes in place; where its layout is none of ours, a copy that `finish` returns.
+struct InPlace {
+  Tensor original, used;
+  View view;
+  InPlace(const Tensor& t, const char* name) : original(t), used(t) {
+    auto v = try_view(t, name);
+    if (!v) used = torch::stable::contiguous(t), v = try_view(used, name);
+    view = *v;
+  }
+  void finish() {
+    if (used.get() != original.get()) torch::stable::copy_(original, used);
+  }
+};
+
+inline void check_shape(const Tensor& t, const Tensor& x, const char* name) {
+  bool same = t.dim() == x.dim();
+  for (int64_t i = 0; same && i < x.dim(); ++i) same = t.size(i) == x.size(i);
+  STD_TORCH_CHECK(same, name, ": its shape differs from x");
+}
+
+// `like`'s strides where the kernel can write them beside its input, else a contiguous stand-in.
+inline Tensor result_like(const Tensor& like, const View& beside, View& view) {
+  Tensor t = torch::stable::empty_like(like);
+  auto v = try_view(t, "result");
+  if (!v || !same_kind(*v, beside)) {
+    t = torch::stable::new_empty(like, like.sizes());
+    v = try_view(t, "result");
+  }
+  view = *v;
+  return t;
+}
+inline Tensor with_strides_of(const Tensor& like, const Tensor& made) {
+  Tensor t = torch::stable::empty_like(like);
+  for (size_t i = 0; i < t.sizes().size(); ++i)
+    if (t.sizes()[i] > 1 && t.strides()[i] != made.strides()[i]) return torch::stable::copy_(t, made);
+  return made;
+}
+
+}  // namespace fastdiff
