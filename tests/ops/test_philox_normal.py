@@ -1,4 +1,4 @@
-"""philox_normal: published vectors, bits, independence of batch and threads; test_philox_statistics.py has its distribution."""
+"""philox_normal: published vectors, bits, independence of batch and threads. test_philox_statistics.py: the distribution."""
 
 import math
 import os
