@@ -7,6 +7,7 @@
 #include "cpu/group_norm_attention.h"
 
 #include <limits>
+#include <numeric>
 #define FASTDIFF_KERNELS "cpu/group_norm_attention.cpp"
 #include "cpu/every_isa.h"
 
@@ -73,29 +74,23 @@ template <class T, class Op> void pack_planes(const GroupNormSilu& g, int64_t n,
     }
 }
 
-// Channels-last: a square of pixels and channels is normalised in L1, then read column by column.
+// Channels-last: N pixels of N channels are turned over in registers.
 template <class T, class Op> void pack_rows(const GroupNormSilu& g, int64_t n, const ChannelTable<Acc<T>>& t, const Sample<Op>& m, int64_t block) {
-  typedef Acc<T> A;
-  constexpr int N = Simd<A>::N, lanes = kLanes<Op>, width = 2 * N;
-  A square[lanes][width] = {}, column[2][lanes];
-  const int pixels = at_most(g.s - block * lanes, lanes);
-  for (int64_t first = 0; first < g.c; first += width) {
-    const int channels = at_most(g.c - first, width);
-    for (int p = 0; p < pixels; ++p)
-      for (int c = 0; c < channels; c += N) {
-        const int64_t k = first + c;
-        const T* x = g.x.at<const T>(n, k, block * lanes + p);
-        if (c + N <= channels) store(&square[p][c], fma(load(x) - load(t.m + k), load(t.a + k), load(t.b + k)));
-        else
-          for (int i = 0; i < channels - c; ++i)
-            square[p][c + i] = (static_cast<A>(to_float(x[i])) - t.m[k + i]) * t.a[k + i] + t.b[k + i];
+  typedef typename Op::V V;
+  constexpr int N = Tile<Op>::N;
+  for (int64_t c = 0; c < g.c; c += N) {
+    const int channels = at_most(g.c - c, N);
+    const auto some = [&](const auto* p) __attribute__((always_inline)) { return channels == N ? load(p) : load_some(p, channels); };
+    const V center = some(t.m + c), slope = some(t.a + c), offset = some(t.b + c);
+    for (int j = 0; j < kVectors; ++j) {
+      V r[N];
+      for (int i = 0; i < N; ++i) {
+        const int64_t p = block * m.lanes + j * N + i;
+        r[i] = p < g.s ? fma(some(g.x.at<const T>(n, c, p)) - center, slope, offset) : V{};
       }
-    for (int c = 0; c < channels; c += Op::step) {
-      for (int i = 0; i < Op::step; ++i)
-        for (int p = 0; p < lanes; ++p) column[i][p] = square[p][c + i];
-      for (int j = 0; j < kVectors; ++j)
-        store(m.panel(m.c, block, (first + c) / Op::step) + j * N,
-              Op::word(load(column[0] + j * N), load(column[Op::step - 1] + j * N)));
+      transpose<typename Op::Word>(r);
+      for (int i = 0; i < channels; i += Op::step)
+        store(m.panel(m.c, block, (c + i) / Op::step) + j * N, Op::word(r[i], r[i + Op::step - 1]));
     }
   }
 }
@@ -210,46 +205,57 @@ template <class Op> void attend(const GroupNormAttention& a, const Sample<Op>& m
 
 // ---- y
 
-template <class T, class Op> FD_INLINE void finish(const GroupNormAttention& a, int64_t n, int64_t c, int rows, int64_t block, const Tile<Op>& t) {
-  typedef Acc<T> A;
+// Channels that are projected together: whole tiles and whole vectors.
+template <class Op> constexpr int kTogether = std::lcm(kTileRows, Tile<Op>::N);
+
+// y = (x + values) scale of `channels` channels from c on; values [channels, kLanes].
+template <class T, class Op> FD_INLINE void finish(const GroupNormAttention& a, int64_t n, int64_t c, int channels, int64_t block, const typename Op::Word* values) {
   typedef typename Op::V V;
   constexpr int N = Tile<Op>::N, lanes = kLanes<Op>;
   const GroupNormSilu& g = a.norm;
-  const int64_t p = block * lanes;
-  const A* bias = static_cast<const A*>(a.out_bias);
-  const A scale = static_cast<A>(a.out_scale);
-  if (g.x.s == 1) {
-    for (int i = 0; i < rows; ++i)
-      for (int j = 0; j < kVectors; ++j) {
-        const int rest = at_most(g.s - p - j * N, N);
-        const T* x = g.x.at<const T>(n, c + i, p + j * N);
-        T* y = g.y.at<T>(n, c + i, p + j * N);
-        const V more = t.sum[i][j] + splat<V>(bias ? bias[c + i] : A(0));
-        if (rest == N) store(y, (load(x) + more) * splat<V>(scale));
-        else if (rest > 0) store_some(y, (load_some(x, rest) + more) * splat<V>(scale), rest);
-      }
-    return;
-  }
-  A values[kTileRows][lanes];
-  for (int i = 0; i < rows; ++i)
-    for (int j = 0; j < kVectors; ++j) store(values[i] + j * N, t.sum[i][j] + splat<V>(bias ? bias[c + i] : A(0)));
-  const int pixels = at_most(g.s - p, lanes);
-  for (int q = 0; q < pixels; ++q) {
-    const T* x = g.x.at<const T>(n, c, p + q);
-    T* y = g.y.at<T>(n, c, p + q);
-    for (int i = 0; i < rows; ++i) y[i] = from_float<T>((static_cast<A>(to_float(x[i])) + values[i][q]) * scale);
+  const V scale = splat<V>(static_cast<Acc<T>>(a.out_scale));
+  const auto one = [&](const T* x, T* y, V v, int count) __attribute__((always_inline)) {
+    if (count == N) store(y, (load(x) + v) * scale);
+    else store_some(y, (load_some(x, count) + v) * scale, count);
+  };
+  for (int j = 0; j < kVectors; ++j) {
+    const int64_t p = block * lanes + j * N;
+    const int pixels = at_most(g.s - p, N);
+    if (pixels <= 0) return;
+    if (g.x.s == 1) {
+      for (int i = 0; i < channels; ++i)
+        one(g.x.at<const T>(n, c + i, p), g.y.at<T>(n, c + i, p), load(values + i * lanes + j * N), pixels);
+      continue;
+    }
+    for (int first = 0; first < channels; first += N) {
+      V r[N];
+      for (int i = 0; i < N; ++i) r[i] = load(values + (first + i) * lanes + j * N);
+      transpose<typename Op::Word>(r);
+      for (int i = 0; i < pixels; ++i)
+        one(g.x.at<const T>(n, c + first, p + i), g.y.at<T>(n, c + first, p + i), r[i], at_most(channels - first, N));
+    }
   }
 }
 
 template <class T, class Op> void project_out(const GroupNormAttention& a, const Sample<Op>& m, int64_t n, int64_t begin, int64_t end) {
+  typedef typename Op::Word Word;
+  constexpr int N = Tile<Op>::N, lanes = kLanes<Op>, together = kTogether<Op>;
   const int64_t inner = a.heads * a.d;
-  for (int64_t c = begin * kTileRows; c < a.norm.c && c < end * kTileRows; c += kTileRows) {
-    const int rows = at_most(a.norm.c - c, kTileRows);
+  const Word* bias = static_cast<const Word*>(a.out_bias);
+  Word values[together * lanes] = {};
+  for (int64_t c = begin * together; c < a.norm.c && c < end * together; c += together) {
+    const int channels = at_most(a.norm.c - c, together);
     const auto* weight = static_cast<const typename Op::Stored*>(a.out_weight) + c * inner;
     for (int64_t block = 0; block < m.blocks; ++block) {
-      Tile<Op> t;
-      t.template product<false>(weight, inner, rows, m.panel(m.e, block), m.e);
-      finish<T, Op>(a, n, c, rows, block, t);
+      for (int first = 0; first < channels; first += kTileRows) {
+        const int rows = at_most(channels - first, kTileRows);
+        Tile<Op> t;
+        t.template product<false>(weight + first * inner, inner, rows, m.panel(m.e, block), m.e);
+        for (int i = 0; i < rows; ++i)
+          for (int j = 0; j < kVectors; ++j)
+            store(values + (first + i) * lanes + j * N, t.sum[i][j] + splat<typename Op::V>(bias ? bias[c + first + i] : Word(0)));
+      }
+      finish<T, Op>(a, n, c, channels, block, values);
     }
   }
 }
@@ -258,7 +264,7 @@ template <class T, class Op> void run(const GroupNormAttention& a) {
   typedef Acc<T> A;
   const GroupNormSilu& g = a.norm;
   Sample<Op> sizes(a);
-  const int64_t tiles_in = 3 * a.heads * ((a.d + kTileRows - 1) / kTileRows), tiles_out = (g.c + kTileRows - 1) / kTileRows;
+  const int64_t tiles_in = 3 * a.heads * ((a.d + kTileRows - 1) / kTileRows), tiles_out = (g.c + kTogether<Op> - 1) / kTogether<Op>;
   const int64_t table_at = sizes.bytes + ChannelSums::bytes(g.c);
   // A sample a thread where there are enough samples, else a sample after the other by all threads; same sums either way.
   const bool inner = g.n < threads();
@@ -281,7 +287,7 @@ template <class T, class Op> void run(const GroupNormAttention& a) {
         const Scratch scores((g.s + 1) * m.lanes * sizeof(typename Op::Word));
         for (; i < j; ++i) attend(a, m, i / m.blocks, i % m.blocks, reinterpret_cast<typename Op::Word*>(scores.data));
       });
-      each(tiles_out, kTileRows * g.s * a.heads * a.d, [&](int64_t i, int64_t j) { project_out<T>(a, m, n, i, j); });
+      each(tiles_out, kTogether<Op> * g.s * a.heads * a.d, [&](int64_t i, int64_t j) { project_out<T>(a, m, n, i, j); });
     }
   };
   inner ? samples(0, g.n) : parallel_for(g.n, 1, samples);

@@ -68,3 +68,20 @@ template <class Op> struct Tile {
 
   FD_INLINE V word(int i, int j) const { return Op::word(sum[i][j], sum[i + Op::step - 1][j]); }
 };
+
+// Square of N vectors: element j of vector i becomes element i of vector j.
+template <class A> FD_INLINE void transpose(Vec<A>* r) {
+  constexpr int N = Simd<A>::N;
+  typedef std::conditional_t<sizeof(A) == 8, vq, vu> Mask;
+#pragma GCC unroll 4
+  for (int half = N / 2; half > 0; half /= 2) {
+    Mask low, high;
+    for (int j = 0; j < N; ++j) low[j] = j & half ? N + j - half : j, high[j] = j & half ? N + j : j + half;
+#pragma GCC unroll 16
+    for (int i = 0; i < N; ++i) {
+      if (i & half) continue;
+      const Vec<A> a = r[i], b = r[i + half];
+      r[i] = __builtin_shuffle(a, b, low), r[i + half] = __builtin_shuffle(a, b, high);
+    }
+  }
+}

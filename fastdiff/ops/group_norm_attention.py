@@ -44,7 +44,7 @@ def _heads(rows, parts, heads):
 def _merged(*parts):
     """The inverse of _heads."""
     t = torch.stack(parts, 2)  # [N, heads, parts, pixels, d]
-    return t.permute(0, 3, 2, 1, 4).reshape(t.shape[0], t.shape[3], -1)
+    return t.permute(0, 3, 2, 1, 4).flatten(2)
 
 
 def _qkv(x, norm_weight, norm_bias, groups, eps, stats, qkv_weight, qkv_bias, heads):
@@ -81,7 +81,9 @@ def _attention_backward(q, k, v, da, scale):
     return weights @ v, ds @ k, ds.mT @ q, weights.mT @ da
 
 
-def _gradients(dy, x, nw, nb, groups, eps, qw, qb, ow, ob, heads, scale, out_scale, stats, work, normalise, norm_backward):
+def _gradients(
+    dy, x, nw, nb, groups, eps, qw, qb, ow, ob, heads, scale, out_scale, stats, *, work, normalise, norm_backward
+):
     """Gradients of x, the norm's parameters, W_qkv, b_qkv, W_out, b_out; q, k, v and the scores are computed again."""
     accumulate = _accumulate(x)
     h = _rows(normalise(x, nw, nb, groups, eps, None, None, None, stats, False)[0]).to(work)
@@ -90,7 +92,7 @@ def _gradients(dy, x, nw, nb, groups, eps, qw, qb, ow, ob, heads, scale, out_sca
     (da,) = _heads(g @ ow.to(work), 1, heads)
     together = max(1, SCORES // max(1, heads * h.shape[1] ** 2))  # samples
     chunks = zip(*(t.split(together) for t in (*qkv, da)), strict=True)
-    parts = [_attention_backward(*chunk, scale) for chunk in chunks]
+    parts = [_attention_backward(q, k, v, da, scale) for q, k, v, da in chunks]
     a, dq, dk, dv = (torch.cat(part) for part in zip(*parts, strict=True))
     dqkv, a = _merged(dq, dk, dv), _merged(a)
     dh = torch.empty_like(x).copy_(_images(dqkv @ qw.to(work), x))
@@ -116,14 +118,15 @@ def _gradients(dy, x, nw, nb, groups, eps, qw, qb, ow, ob, heads, scale, out_sca
 
 def reference_backward(dy, x, *args):
     wide = x.to(_accumulate(x))
-    dx, *others = _gradients(dy, wide, *args, wide.dtype, _norm, _norm_backward)
+    dx, *others = _gradients(dy, wide, *args, work=wide.dtype, normalise=_norm, norm_backward=_norm_backward)
     return torch.empty_like(x).copy_(dx), *others
 
 
 def _composed_backward(dy, x, *args):
     """Library products in x's dtype between the norm's own kernels."""
     ops = torch.ops.fastdiff
-    return _gradients(dy, x, *args, x.dtype, ops.group_norm_silu, ops.group_norm_silu_backward)
+    forward, backward = ops.group_norm_silu, ops.group_norm_silu_backward
+    return _gradients(dy, x, *args, work=x.dtype, normalise=forward, norm_backward=backward)
 
 
 def _fake_backward(dy, x, nw, nb, groups, eps, qw, qb, ow, ob, heads, scale, out_scale, stats):
@@ -251,23 +254,27 @@ def group_norm_attention(
 
 
 def _check(x, norm_weight, norm_bias, groups, qkv_weight, qkv_bias, out_weight, out_bias, heads, eps, stats):
-    _check_norm(x, norm_weight, norm_bias, groups, eps, None, None, None, stats)
+    _check_norm(x, None, None, groups, eps, None, None, None, stats)
     c = x.shape[1]
     if out_weight.dim() != 2 or out_weight.shape[0] != c or not out_weight.shape[1]:
         raise ValueError(f"out_weight: {tuple(out_weight.shape)} does not fit x {tuple(x.shape)}; expected [{c}, E]")
     e = out_weight.shape[1]
     if heads < 1 or e % heads:
         raise ValueError(f"heads: {heads} does not divide the {e} inner channels of out_weight; choose a divisor of {e}")
-    expected = {"qkv_weight": (3 * e, c), "qkv_bias": (3 * e,), "out_weight": (c, e), "out_bias": (c,)}
-    given = {"qkv_weight": qkv_weight, "qkv_bias": qkv_bias, "out_weight": out_weight, "out_bias": out_bias}
-    for name, tensor in given.items():
+    given = {
+        "norm_weight": (norm_weight, (c,)),
+        "norm_bias": (norm_bias, (c,)),
+        "qkv_weight": (qkv_weight, (3 * e, c)),
+        "qkv_bias": (qkv_bias, (3 * e,)),
+        "out_weight": (out_weight, (c, e)),
+        "out_bias": (out_bias, (c,)),
+    }
+    for name, (tensor, expected) in given.items():
         if tensor is None:
             continue
-        if tuple(tensor.shape) != expected[name]:
-            raise ValueError(
-                f"{name}: {tuple(tensor.shape)} does not fit x {tuple(x.shape)} and out_weight {tuple(out_weight.shape)}; "
-                f"expected {expected[name]}"
-            )
+        if tuple(tensor.shape) != expected:
+            shapes = f"x {tuple(x.shape)} and out_weight {tuple(out_weight.shape)}"
+            raise ValueError(f"{name}: {tuple(tensor.shape)} does not fit {shapes}; expected {expected}")
         if not tensor.is_floating_point():
             raise TypeError(f"{name}: expected a floating-point tensor, got {tensor.dtype}")
         if tensor.device != x.device:
