@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-OPS = ("philox_normal", "add_noise", "denoise_step", "group_norm_silu")
+OPS = ("philox_normal", "add_noise", "denoise_step", "group_norm_silu", "group_norm_attention")
 
 
 def load(name):
