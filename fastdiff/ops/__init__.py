@@ -8,6 +8,7 @@ from fastdiff.ops import _register
 from fastdiff.ops._serving import Served, implementations, native
 from fastdiff.ops.add_noise import add_noise
 from fastdiff.ops.denoise_step import denoise_step
+from fastdiff.ops.group_norm_attention import group_norm_attention
 from fastdiff.ops.group_norm_silu import group_norm_silu
 from fastdiff.ops.philox_normal import Domain, philox_normal, seed_tensor
 from fastdiff.ops.resample import resample, resample_pads
@@ -20,6 +21,7 @@ __all__ = [
     "Served",
     "add_noise",
     "denoise_step",
+    "group_norm_attention",
     "group_norm_silu",
     "implementations",
     "native",

@@ -24,6 +24,7 @@ native_error: str | None = "not loaded yet"
 triton_error: str | None = "not loaded yet"
 KERNELS = "fastdiff.kernels"
 _TRITON: set[str] = set()  # the ops that Triton serves
+_COMPOSED: set[str] = set()  # the ops made of other ops and library calls on every device
 
 
 def strict() -> bool:
@@ -52,6 +53,13 @@ def define(name: str, schema: str, reference: Callable, fake: Callable) -> None:
 def implement(name: str, fn: Callable, key: str) -> None:
     """Register `fn` as the implementation of `fastdiff::name` under the dispatch key `key` ("CUDA", ...)."""
     _LIBRARY.impl(name, fn, key)
+
+
+def compose(name: str, fn: Callable) -> None:
+    """Serve `fastdiff::name` by `fn`, made of other ops and PyTorch's own, on CPUs and GPUs: no kernel is to be missed."""
+    _COMPOSED.add(name)
+    for key in ("CPU", "CUDA"):
+        implement(name, fn, key)
 
 
 def overload(name: str):
@@ -158,7 +166,9 @@ def _has_kernel(name: str, key: str) -> bool:
 
 
 def serving(name: str, device: str) -> str:
-    """Which implementation of `fastdiff::name` serves tensors on "cpu" or "cuda": "c++", "cuda", "triton", "reference"."""
+    """What serves `fastdiff::name` for tensors on "cpu" or "cuda": "c++", "cuda", "triton", "composed" or "reference"."""
+    if name in _COMPOSED:
+        return "composed"
     if not _has_kernel(name, {"cpu": "CPU", "cuda": "CUDA"}[device]):
         return "reference"
     if device == "cpu":

@@ -7,7 +7,7 @@ from fastdiff.ops import _register
 
 @dataclasses.dataclass(frozen=True)
 class Served:
-    """name: "c++ avx512_bf16", "triton", "cuda" or "reference"; why: the reason where it is the reference."""
+    """name: "c++ avx512_bf16", "triton", "cuda", "composed" or "reference"; why: the reason where it is the reference."""
 
     name: str
     why: str = ""
