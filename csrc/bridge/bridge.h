@@ -31,8 +31,7 @@ inline ScalarType accumulate(const Tensor& x) { return x.scalar_type() == Scalar
 inline void check_cpu(const Tensor& t, const char* name) { STD_TORCH_CHECK(t.is_cpu(), name, ": must be on the CPU like the first argument"); }
 
 // Views of [N, C, ...] whose spatial dimensions share one stride; none where they do not.
-inline std::optional<View> try_view(const Tensor& t, const char* name) {
-  check_cpu(t, name);
+inline std::optional<View> view_of(const Tensor& t, const char* name) {
   const auto sizes = t.sizes(), strides = t.strides();
   View v;
   v.dtype = dtype_of(t.scalar_type(), name);
@@ -49,6 +48,10 @@ inline std::optional<View> try_view(const Tensor& t, const char* name) {
   v.s = expected < 0 ? 1 : s;
   if (expected < 0 && sizes.size() > 1 && sizes[1] > 1 && v.c == 1) v.s = sizes[1];  // one pixel: its channels are the run
   return v;
+}
+inline std::optional<View> try_view(const Tensor& t, const char* name) {
+  check_cpu(t, name);
+  return view_of(t, name);
 }
 
 inline int64_t spatial(const Tensor& t) {
