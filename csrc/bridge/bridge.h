@@ -31,7 +31,7 @@ inline ScalarType accumulate(const Tensor& x) { return x.scalar_type() == Scalar
 inline void check_cpu(const Tensor& t, const char* name) { STD_TORCH_CHECK(t.is_cpu(), name, ": must be on the CPU like the first argument"); }
 
 // Views of [N, C, ...] whose spatial dimensions share one stride; none where they do not. On any device.
-inline std::optional<View> strided(const Tensor& t, const char* name) {
+inline std::optional<View> view_of(const Tensor& t, const char* name) {
   const auto sizes = t.sizes(), strides = t.strides();
   View v;
   v.dtype = dtype_of(t.scalar_type(), name);
@@ -49,10 +49,9 @@ inline std::optional<View> strided(const Tensor& t, const char* name) {
   if (expected < 0 && sizes.size() > 1 && sizes[1] > 1 && v.c == 1) v.s = sizes[1];  // one pixel: its channels are the run
   return v;
 }
-
 inline std::optional<View> try_view(const Tensor& t, const char* name) {
   check_cpu(t, name);
-  return strided(t, name);
+  return view_of(t, name);
 }
 
 inline int64_t spatial(const Tensor& t) {
@@ -90,8 +89,8 @@ struct InPlace {
   Tensor original, used;
   View view;
   InPlace(const Tensor& t, const char* name) : original(t), used(t) {
-    auto v = strided(t, name);
-    if (!v) used = torch::stable::contiguous(t), v = strided(used, name);
+    auto v = view_of(t, name);
+    if (!v) used = torch::stable::contiguous(t), v = view_of(used, name);
     view = *v;
   }
   void finish() {

@@ -64,8 +64,8 @@ void run(DenoiseStep& a, const Tensor& x, const std::optional<Tensor>& f, const 
   InPlace state(x, "x"), input(net_in, "net_in"), save(has_saved ? saved : x, "saved");
   Tensor slots = history;
   if (a.slots > 0) {
-    auto first = strided(torch::stable::select(slots, 0, 0), "history");
-    if (!first) slots = torch::stable::contiguous(slots), first = strided(torch::stable::select(slots, 0, 0), "history");
+    auto first = view_of(torch::stable::select(slots, 0, 0), "history");
+    if (!first) slots = torch::stable::contiguous(slots), first = view_of(torch::stable::select(slots, 0, 0), "history");
     a.history = *first, a.slot_stride = slots.stride(0);
   }
   std::optional<InPlace> network, other, variance;

@@ -16,6 +16,7 @@ from torch.autograd import Function
 NAMESPACE = "fastdiff"
 _LIBRARY = torch.library.Library(NAMESPACE, "DEF")
 _OPS: dict[str, str] = {}  # op -> schema, in the order of definition
+_DEFAULTS: dict[str, Callable] = {}  # op -> what serves it where nothing better does
 
 # Set by load_native(): why there is no native CPU code, or None when it is loaded.
 native_error: str | None = "not loaded yet"
@@ -48,6 +49,7 @@ def define(name: str, schema: str, reference: Callable, fake: Callable) -> None:
     _LIBRARY.impl(name, default, "CompositeExplicitAutograd")
     torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_LIBRARY)
     _OPS[name] = schema
+    _DEFAULTS[name] = default
 
 
 def implement(name: str, fn: Callable, key: str) -> None:
@@ -137,7 +139,8 @@ def load_native() -> None:
 def load_triton() -> None:
     """Register the Triton kernels for CUDA tensors; they, and Triton, are imported at the first CUDA call.
 
-    After load_native(): an op that the extension serves on CUDA keeps that kernel, so that each op has one.
+    After load_native(): an op that the extension serves on CUDA keeps that kernel, so that each op has one. That kernel
+    finds the Triton one as `fastdiff::<name>_triton` for the cases it does not take.
     """
     global triton_error
     if importlib.util.find_spec("triton") is None:
@@ -146,10 +149,14 @@ def load_triton() -> None:
         triton_error = f"{KERNELS} is not installed; install the package (pip install -e .) rather than put it on the path"
     else:
         triton_error = None
-        for name in _OPS:
-            if not _has_kernel(name, "CUDA") and importlib.util.find_spec(f"{KERNELS}.{name}"):
-                implement(name, _lazily(name), "CUDA")
-                _TRITON.add(name)
+    for name in _OPS:
+        launcher = _lazily(name) if triton_error is None and importlib.util.find_spec(f"{KERNELS}.{name}") else None
+        if _has_kernel(name, "CUDA"):
+            _LIBRARY.define(f"{name}_triton{_OPS[name]}")
+            implement(f"{name}_triton", launcher or _DEFAULTS[name], "CUDA")
+        elif launcher:
+            implement(name, launcher, "CUDA")
+            _TRITON.add(name)
 
 
 def _lazily(name: str) -> Callable:
