@@ -24,6 +24,8 @@ native_error: str | None = "not loaded yet"
 triton_error: str | None = "not loaded yet"
 KERNELS = "fastdiff.kernels"
 _TRITON: set[str] = set()  # the ops that Triton serves
+_COMPOSED: dict[str, Callable] = {}  # ops made of other ops where they have no kernel of their own
+_COMPOSED_FOR: set[tuple[str, str]] = set()  # (op, dispatch key) where that serves
 
 
 def strict() -> bool:
@@ -80,7 +82,7 @@ def differentiable(name: str, save: Callable, backward: Callable, jvp: Callable)
 
     def run_jvp(ctx, *tangents):
         tangent = jvp(ctx.saved_tensors, ctx.rest, *tangents)
-        return (tangent, None) if ctx.rest["outputs"] == 2 else tangent
+        return (tangent, *[None] * (ctx.rest["outputs"] - 1)) if ctx.rest["outputs"] > 1 else tangent
 
     class Below(Function):
         @staticmethod
@@ -144,6 +146,23 @@ def load_triton() -> None:
                 _TRITON.add(name)
 
 
+def compose(name: str, fn: Callable) -> None:
+    """Let `fn`, which calls ops that have kernels, serve `fastdiff::name` on CPU and CUDA until it has kernels itself.
+
+    FASTDIFF_STRICT=1 allows that: nothing slow stands in, or the op that `fn` calls raises.
+    """
+    _COMPOSED[name] = fn
+
+
+def load_composed() -> None:
+    """Register what `compose` was given where nothing better is; the last of the three loads."""
+    for name, fn in _COMPOSED.items():
+        for key in ("CPU", "CUDA"):
+            if not _has_kernel(name, key):
+                implement(name, fn, key)
+                _COMPOSED_FOR.add((name, key))
+
+
 def _lazily(name: str) -> Callable:
     """The launcher `fastdiff.kernels.<name>.<name>`, imported when it is first called."""
 
@@ -158,9 +177,12 @@ def _has_kernel(name: str, key: str) -> bool:
 
 
 def serving(name: str, device: str) -> str:
-    """Which implementation of `fastdiff::name` serves tensors on "cpu" or "cuda": "c++", "cuda", "triton", "reference"."""
-    if not _has_kernel(name, {"cpu": "CPU", "cuda": "CUDA"}[device]):
+    """What serves `fastdiff::name` on "cpu" or "cuda": "c++", "cuda", "triton", "composed" or "reference"."""
+    key = {"cpu": "CPU", "cuda": "CUDA"}[device]
+    if not _has_kernel(name, key):
         return "reference"
+    if (name, key) in _COMPOSED_FOR:
+        return "composed"
     if device == "cpu":
         return "c++"
     return "triton" if name in _TRITON else "cuda"
