@@ -1,7 +1,8 @@
-"""conv3x3: the 3x3 convolution of a U-Net with the norm in front of it, the residual behind it and the next norm's statistics.
+"""conv3x3: a U-Net's 3x3 convolution, with the norm in front of it, the residual and the next norm's statistics behind it.
 
     h = group_norm_silu(x, ...)  where a norm is given, else x
-    y[n, o, r, s] = (sum_{i, u, v} weight[o, i, u, v] h[n, i, r + u - 1, s + v - 1] + bias[o] + residual[n, o, r, s]) out_scale
+    z[n, o, r, s] = sum_{i, u, v} weight[o, i, u, v] h[n, i, r + u - 1, s + v - 1] + bias[o]
+    y = (z + residual) out_scale
     stats[n, g] = mean and biased variance of y over the channels of group g and all pixels
 
 h is 0 outside the image: the padding follows the norm. h is rounded to x's dtype, sums are float32 or better.
@@ -243,7 +244,7 @@ def conv3x3(
     PyTorch's convolution, the rest elementwise. That is no silent fallback, so FASTDIFF_STRICT=1 allows it where
     group_norm_silu has a kernel, and raises where it has none.
 
-    Bytes moved: x, residual and weight read once, y written once; composed: 4 more passes over h and y, 2 for the statistics.
+    Bytes moved: x, residual and weight read once, y written once; as composed today several passes more.
     References: Ho 2020; Song 2021 and Karras 2022 (residual scaling); Lavin and Gray 2016 (Winograd, what packing is for).
     """
     _check(x, weight, bias, residual, stats_groups)

@@ -230,10 +230,10 @@ def test_compiles_as_one_graph(dynamic):
         return resample(halved, filter, up=2, pad=resample_pads(4, up=2)).square().sum()
 
     compiled = torch.compile(loss, fullgraph=True, dynamic=dynamic)
-    for image in (x, make((1, 3, 8, 10)).requires_grad_()):
-        eager, got = loss(image, filter), compiled(image, filter)
+    for value in (x, make((1, 3, 8, 10)).requires_grad_()):
+        eager, got = loss(value, filter), compiled(value, filter)
         torch.testing.assert_close(got, eager)
-        torch.testing.assert_close(torch.autograd.grad(got, image), torch.autograd.grad(eager, image))
+        torch.testing.assert_close(torch.autograd.grad(got, value), torch.autograd.grad(eager, value))
 
 
 GOOD = {"x": torch.zeros(2, 3, 4, 4), "taps": torch.ones(4), "up": 1, "down": 1, "pad": (1, 1)}
