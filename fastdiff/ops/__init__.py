@@ -7,6 +7,7 @@ says `torch.ops.fastdiff`.
 from fastdiff.ops import _register
 from fastdiff.ops._serving import Served, implementations, native
 from fastdiff.ops.add_noise import add_noise
+from fastdiff.ops.conv3x3 import Norm, conv3x3, conv3x3_pack
 from fastdiff.ops.denoise_step import denoise_step
 from fastdiff.ops.group_norm_attention import group_norm_attention
 from fastdiff.ops.group_norm_silu import group_norm_silu
@@ -15,11 +16,15 @@ from fastdiff.ops.resample import resample, resample_pads
 
 _register.load_native()
 _register.load_triton()
+_register.load_composed()
 
 __all__ = [
     "Domain",
+    "Norm",
     "Served",
     "add_noise",
+    "conv3x3",
+    "conv3x3_pack",
     "denoise_step",
     "group_norm_attention",
     "group_norm_silu",

@@ -25,7 +25,8 @@ native_error: str | None = "not loaded yet"
 triton_error: str | None = "not loaded yet"
 KERNELS = "fastdiff.kernels"
 _TRITON: set[str] = set()  # the ops that Triton serves
-_COMPOSED: set[str] = set()  # the ops made of other ops and library calls on every device
+_COMPOSED: dict[str, Callable] = {}  # ops made of other ops where they have no kernel of their own
+_COMPOSED_FOR: set[tuple[str, str]] = set()  # (op, dispatch key) where that serves
 
 
 def strict() -> bool:
@@ -57,13 +58,6 @@ def implement(name: str, fn: Callable, key: str) -> None:
     _LIBRARY.impl(name, fn, key)
 
 
-def compose(name: str, fn: Callable) -> None:
-    """Serve `fastdiff::name` by `fn`, made of other ops and PyTorch's own, on CPUs and GPUs: no kernel is to be missed."""
-    _COMPOSED.add(name)
-    for key in ("CPU", "CUDA"):
-        implement(name, fn, key)
-
-
 def overload(name: str):
     """The dispatcher's handle of `fastdiff::name`."""
     return getattr(getattr(torch.ops, NAMESPACE), name).default
@@ -90,7 +84,7 @@ def differentiable(name: str, save: Callable, backward: Callable, jvp: Callable)
 
     def run_jvp(ctx, *tangents):
         tangent = jvp(ctx.saved_tensors, ctx.rest, *tangents)
-        return (tangent, None) if ctx.rest["outputs"] == 2 else tangent
+        return (tangent, *[None] * (ctx.rest["outputs"] - 1)) if ctx.rest["outputs"] > 1 else tangent
 
     class Below(Function):
         @staticmethod
@@ -159,6 +153,23 @@ def load_triton() -> None:
             _TRITON.add(name)
 
 
+def compose(name: str, fn: Callable) -> None:
+    """Let `fn`, which calls ops that have kernels, serve `fastdiff::name` on CPU and CUDA until it has kernels itself.
+
+    FASTDIFF_STRICT=1 allows that: nothing slow stands in, or the op that `fn` calls raises.
+    """
+    _COMPOSED[name] = fn
+
+
+def load_composed() -> None:
+    """Register what `compose` was given where nothing better is; the last of the three loads."""
+    for name, fn in _COMPOSED.items():
+        for key in ("CPU", "CUDA"):
+            if not _has_kernel(name, key):
+                implement(name, fn, key)
+                _COMPOSED_FOR.add((name, key))
+
+
 def _lazily(name: str) -> Callable:
     """The launcher `fastdiff.kernels.<name>.<name>`, imported when it is first called."""
 
@@ -173,11 +184,12 @@ def _has_kernel(name: str, key: str) -> bool:
 
 
 def serving(name: str, device: str) -> str:
-    """What serves `fastdiff::name` for tensors on "cpu" or "cuda": "c++", "cuda", "triton", "composed" or "reference"."""
-    if name in _COMPOSED:
-        return "composed"
-    if not _has_kernel(name, {"cpu": "CPU", "cuda": "CUDA"}[device]):
+    """What serves `fastdiff::name` on "cpu" or "cuda": "c++", "cuda", "triton", "composed" or "reference"."""
+    key = {"cpu": "CPU", "cuda": "CUDA"}[device]
+    if not _has_kernel(name, key):
         return "reference"
+    if (name, key) in _COMPOSED_FOR:
+        return "composed"
     if device == "cpu":
         return "c++"
     return "triton" if name in _TRITON else "cuda"

@@ -149,7 +149,17 @@ def test_extreme_values(isa):
 
 
 @pytest.mark.parametrize(
-    "shape", [(0, 4, 2, 3, 3), (2, 4, 2, 0, 3), (2, 4, 2), (2, 4, 4), (1, 1, 1, 1, 1), (1, 3, 3, 1, 1), (5, 300, 10, 1, 1)]
+    "shape",
+    [
+        (0, 4, 2, 3, 3),
+        (2, 4, 2, 0, 3),
+        (2, 4, 2, 3, 0),
+        (2, 4, 2),
+        (2, 4, 4),
+        (1, 1, 1, 1, 1),
+        (1, 3, 3, 1, 1),
+        (5, 300, 10, 1, 1),
+    ],
 )
 @pytest.mark.parametrize("channels_last", [False, True])
 def test_small_and_empty(isa, shape, channels_last, accurate):
