@@ -22,7 +22,8 @@ class Row:
     """x' = x_ x + saved_ saved + d_ D + d_clip_ clamp(D) + sum_j history_[j] H_j + n_1 z_1 + n_2 z_2; see `denoise_step`.
 
     x is at time t when the row begins and at time `to` when it ends. evaluate=False: the network is not called and D
-    does not exist.
+    does not exist. estimate="eps": the noise eps = (x - alpha D) / sigma takes D's place, in the sum and in the history;
+    solvers whose history is of eps cannot be written in D, since eps needs the x of its own evaluation too.
     """
 
     t: float
@@ -37,8 +38,11 @@ class Row:
     save_x: bool = False
     save_d: int | None = None  # slot of the history
     save_clipped: bool = False
+    estimate: str = "x0"
 
     def __post_init__(self):
+        if self.estimate not in ("x0", "eps"):
+            raise ValueError(f"Row: estimate {self.estimate!r} is not known; use 'x0' or 'eps'")
         if len(self.noise) > 2 or any(not 0 <= j < HISTORY for j in self.history):
             raise ValueError(f"Row: at most two noise terms and history slots 0 ... {HISTORY - 1}, got {self}")
 
@@ -80,7 +84,11 @@ class Plan:
         for i, row in enumerate(self.rows):
             if row.evaluate:
                 c = self.prediction.coefficients(self.schedule, row.t)
-                table[i, [C.SKIP, C.OUT, C.NOISE]] = c.c_skip, c.c_out, c.c_noise
+                skip, out = float(c.c_skip), float(c.c_out)
+                if row.estimate == "eps":
+                    alpha, sigma = float(self.schedule.alpha(row.t)), float(self.schedule.sigma(row.t))
+                    skip, out = (1 - alpha * skip) / sigma, -alpha * out / sigma
+                table[i, [C.SKIP, C.OUT, C.NOISE]] = skip, out, c.c_noise
                 if i:
                     table[i - 1, C.NEXT_IN] = c.c_in
             table[i, [C.X, C.SAVED, C.D, C.D_CLIP]] = row.x, row.saved, row.d, row.d_clip

@@ -4,11 +4,13 @@ Between times t > s the forward process adds variance s_ts^2 = sigma_t^2 - (alph
 schedule that is 1 - abar_t / abar_s. After the last time comes the image itself, alpha = 1, sigma = 0.
 """
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from fastdiff.denoiser import Prediction
 from fastdiff.plan import Plan, Row
-from fastdiff.samplers._grids import check_nfe, given_times, times_of
+from fastdiff.samplers._grids import check_nfe, given_times, respaced, times_of
 from fastdiff.schedules import DDPM, Schedule
 
 
@@ -35,22 +37,27 @@ def ddpm(
     *,
     variance: str = "large",  # "large": beta (DDPM's CIFAR-10 choice), "small": the posterior's beta-tilde
     spacing: str = "linspace",
+    sections: Sequence[int] | None = None,
     times=None,
+    denoise: bool = True,  # False: noise in the last step too, as diffusers adds it where that step begins at t > 0
     clip: bool = True,
 ) -> Plan:
     """Ancestral sampling (Ho et al. 2020, algorithm 2), on a subset of the steps when nfe is smaller than T.
 
     x_s = alpha_s s_ts^2 / sigma_t^2 D + alpha_t sigma_s^2 / (alpha_s sigma_t^2) x + std z, no noise in the last step.
+    sections: how many steps to keep in each of so many equal parts of the chain, least noise first (Nichol and Dhariwal).
     """
     check_nfe(nfe, "ddpm", _most(schedule))
     if variance not in ("large", "small"):
         raise ValueError(f"variance: {variance!r} is not known; use 'large' or 'small'")
+    if sections is not None:
+        times = respaced(schedule, sections)
     t = times_of(schedule, nfe, spacing) if times is None else given_times(schedule, times, nfe)
     rows = []
     for i, (now, then, a_t, s_t, a_s, s_s) in enumerate(_pairs(schedule, t)):
         added = s_t**2 - (a_t / a_s) ** 2 * s_s**2
         std = np.sqrt(added if variance == "large" else added * s_s**2 / s_t**2)
-        noise = {i: float(std)} if i < nfe - 1 else {}
+        noise = {i: float(std)} if i < nfe - 1 or not denoise else {}
         rows.append(_row(now, then, (a_t / a_s) * s_s**2 / s_t**2, a_s * added / s_t**2, noise, clip))
     return Plan("ddpm", tuple(rows), schedule, prediction, float(schedule.sigma(t[0])))
 

@@ -71,7 +71,9 @@ def replay(plan: Plan, data: Mixture, x: torch.Tensor, noise: Callable[[int], to
     for row in plan.rows:
         new = row.x * x
         if row.evaluate:
-            d = data.denoise(x, float(schedule.alpha(row.t)), float(schedule.sigma(row.t)))
+            a, s = float(schedule.alpha(row.t)), float(schedule.sigma(row.t))
+            d = data.denoise(x, a, s)
+            d = (x - a * d) / s if row.estimate == "eps" else d
             new = new + row.d * d + row.d_clip * d.clamp(-1, 1)
         if row.saved:
             new = new + row.saved * saved
