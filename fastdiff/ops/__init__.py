@@ -10,6 +10,7 @@ from fastdiff.ops.add_noise import add_noise
 from fastdiff.ops.denoise_step import denoise_step
 from fastdiff.ops.group_norm_silu import group_norm_silu
 from fastdiff.ops.philox_normal import Domain, philox_normal, seed_tensor
+from fastdiff.ops.resample import resample, resample_pads
 
 _register.load_native()
 _register.load_triton()
@@ -23,5 +24,7 @@ __all__ = [
     "implementations",
     "native",
     "philox_normal",
+    "resample",
+    "resample_pads",
     "seed_tensor",
 ]

@@ -1,5 +1,6 @@
-"""Every kernel compiled for sm_80, sm_90 and sm_100 on this machine, and what its PTX must and must not hold."""
+"""Every kernel compiled for the architectures its file of cases names, and what its PTX must and must not hold."""
 
+import ast
 import importlib.util
 import json
 import os
@@ -10,7 +11,27 @@ from pathlib import Path
 
 import pytest
 
-NOISE = {"_philox_normal", "_add_noise", "_denoise_step"}
+ROOT = Path(__file__).parents[2]
+AHEAD = sorted(Path(__file__).with_name("ahead").glob("*.py"))
+
+
+def declared(name):
+    """name of each file of cases -> its constant `name`, read without running the file, which imports Triton."""
+    found = {}
+    for path in AHEAD:
+        assigned = [n for n in ast.parse(path.read_text()).body if isinstance(n, ast.Assign) and n.targets[0].id == name]
+        found[path.stem] = ast.literal_eval(assigned[0].value) if assigned else {}
+    return found
+
+
+def kernels():
+    """The jit functions of kernels/triton that no other jit function mentions: what is launched."""
+    bodies = {}
+    for path in (ROOT / "kernels" / "triton").glob("*.py"):
+        for node in ast.parse(path.read_text()).body:
+            if isinstance(node, ast.FunctionDef) and any("jit" in ast.unparse(d) for d in node.decorator_list):
+                bodies[node.name] = {n.id for n in ast.walk(node) if isinstance(n, ast.Name)}
+    return {name for name in bodies if not any(name in used for other, used in bodies.items() if other != name)}
 
 
 @pytest.fixture(scope="module")
@@ -26,53 +47,59 @@ def facts(tmp_path_factory):
     return json.loads(out.read_text())
 
 
-def test_all_kernels_for_all_architectures(facts):
-    made = {(f["kernel"], f["architecture"]) for f in facts}
-    assert {(kernel, a) for kernel in NOISE for a in (80, 90, 100)} <= made
-    assert {k for k, _ in made} == NOISE | {"_whole", "_partial", "_apply", "_sums", "_fold", "_dx"}
+def where(fact):
+    return f"{fact['op']}: {fact['kernel']}, {fact['case']}, sm_{fact['architecture']}"
+
+
+def test_every_kernel_is_compiled_for_its_architectures(facts):
+    made = {op: {f["architecture"] for f in facts if f["op"] == op and f["case"] != "huge"} for op in declared("NOISE")}
+    assert made == {op: set(architectures) for op, architectures in declared("ARCHITECTURES").items()}
+    assert kernels() == {f["kernel"] for f in facts}, "a case in ahead/<op>.py for each kernel that is launched"
 
 
 def test_noise_is_not_contracted_or_approximated(facts):
     """What the interpreter cannot see: one fused multiply-add changes 1 % of the noise's bits."""
-    for f in facts:
-        if f["kernel"] in NOISE:
-            assert f["options"]["enable_fp_fusion"] is False
-            assert not re.findall(r"fma\.\S*f32|\.approx|\.ftz", f["ptx"]), f["kernel"]
-            assert "sqrt.rn.f32" in f["ptx"]
+    noise = [f for f in facts if f["noise"]]
+    assert {f["op"] for f in noise} == {op for op, makes in declared("NOISE").items() if makes}
+    for f in noise:
+        assert f["options"]["enable_fp_fusion"] is False, where(f)
+        assert not re.findall(r"fma\.\S*f32|\.approx|\.ftz", f["ptx"]), where(f)
+        assert "mul.hi.u32" not in f["ptx"] or "sqrt.rn.f32" in f["ptx"], where(f)
+    assert {f["op"] for f in noise if "mul.hi.u32" in f["ptx"]} == {f["op"] for f in noise}, "Philox is where noise is made"
 
 
 def test_bfloat16_rounds_to_nearest_even(facts):
     """The interpreter's own conversion truncates, and is replaced in conftest.py; this is the hardware's."""
-    for f in facts:
-        if "bfloat16" in f["case"] and "st.global" in f["ptx"] and f["kernel"] in NOISE | {"_whole", "_apply", "_dx"}:
-            assert re.search(r"cvt\.rn\.bf16", f["ptx"]), (f["case"], f["kernel"])
+    narrowing = [f for f in facts if re.search(r"arith\.truncf .* to tensor<\S*bf16>", f["ttir"])]
+    assert narrowing
+    for f in narrowing:
+        assert re.search(r"cvt\.rn\.bf16", f["ptx"]), where(f)
 
 
 def test_no_spills(facts):
-    """Spills go to local memory. Triton's build of denoise_step for sm_90 has 8 bytes of stack; `ptxas -v` says no spill."""
+    """Spills go to local memory."""
+    allowed = declared("STACK")
     for f in facts:
-        assert f["local"] == 0 and f["stack"] <= 8, (f["case"], f["kernel"], f["architecture"], f["stack"])
+        assert f["local"] == 0 and f["stack"] <= allowed[f["op"]].get(f["kernel"], (0,))[0], (where(f), f["stack"])
 
 
 def test_wide_accesses(facts):
     """Tensors move 128 bits at a time; narrower accesses are tables, per-channel parameters and statistics."""
-    for f in facts:
-        if f["case"] == "huge" or f["kernel"] in ("_fold",):
-            continue
-        loads, stores = ("_partial", "_sums"), ("_philox_normal",)
-        if f["kernel"] not in stores:
-            assert re.search(r"ld\.global\S*\.v4\.b32", f["ptx"]), (f["case"], f["kernel"])
-        if f["kernel"] not in loads:
-            assert re.search(r"st\.global\S*\.v4\.b32", f["ptx"]), (f["case"], f["kernel"])
-        assert not re.search(r"(ld|st)\.global\S*\.b(8|16)\b", f["ptx"]), (f["case"], f["kernel"])
+    narrow = declared("NARROW")
+    for f in (f for f in facts if f["case"] != "huge"):
+        for word, instruction in (("loads", "ld"), ("stores", "st")):
+            if f"{f['kernel']} {word}" not in narrow[f["op"]]:
+                assert re.search(rf"{instruction}\.global\S*\.v4\.b32", f["ptx"]), (where(f), word)
+        if f"{f['kernel']} loads" not in narrow[f["op"]] or f"{f['kernel']} stores" not in narrow[f["op"]]:
+            assert not re.search(r"(ld|st)\.global\S*\.b(8|16)\b", f["ptx"]), where(f)
 
 
 def test_offsets_are_64_bits(facts):
     """Past 2^31 elements: every tensor of pointers is moved by int64 offsets, or by a constant, never by a wrapped int32."""
     huge = [f for f in facts if f["case"] == "huge"]
-    assert {f["kernel"] for f in huge} == {"_add_noise", "_partial", "_apply"}
+    assert {f["op"] for f in huge} >= {"add_noise", "group_norm_silu"}
     for f in huge:
         moves = re.findall(r"tt\.addptr %\S+, (%\S+) : tensor<[^,]*>, tensor<\S*x(i32|i64)>", f["ttir"])
         constants = set(re.findall(r"(%\S+) = arith\.constant", f["ttir"]))
         assert moves
-        assert all(width == "i64" or offset in constants for offset, width in moves), (f["kernel"], moves)
+        assert all(width == "i64" or offset in constants for offset, width in moves), (where(f), moves)
