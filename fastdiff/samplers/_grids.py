@@ -17,6 +17,7 @@ class GridOptions(TypedDict, total=False):
     rho: float
     ratio_min: float | None
     ratio_max: float | None
+    t_start: float | None
     to_zero: bool
 
 
@@ -42,6 +43,7 @@ def grid(
     rho: float = 7.0,
     ratio_min: float | None = None,
     ratio_max: float | None = None,
+    t_start: float | None = None,
     to_zero: bool = True,
 ) -> Grid:
     """The levels of `steps` steps.
@@ -52,9 +54,12 @@ def grid(
             time (see `times_of`): "uniform", "linspace", "quadratic", "trailing".
         rho: of "karras".
         ratio_min, ratio_max: smallest and largest r for "karras" and "logsnr"; the schedule's own by default.
+        t_start: the first level's time, in place of the schedule's t_max.
         to_zero: the last step goes to r = 0, the image; otherwise the plan ends at the last level, with its noise.
     """
     n = steps if to_zero else steps + 1
+    if t_start is not None:
+        ratio_max = float(schedule.ratio(schedule.check(t_start, "t_start")))
     if times is not None:
         t = given_times(schedule, times, n)
     elif spacing == "karras":
@@ -63,7 +68,7 @@ def grid(
         ends = ratio_grid(schedule, 2, 1.0, ratio_min, ratio_max)
         t = schedule.time_of(log_linear(ends, n))
     else:
-        t = times_of(schedule, n, spacing)
+        t = times_of(schedule, n, spacing, t_start)
     with np.errstate(divide="ignore"):
         r = schedule.ratio(t)
     if not np.all(np.isfinite(r)):
@@ -86,8 +91,8 @@ def check_nfe(nfe: int, name: str, most: int | None = None, fewest: int = 1) -> 
         raise ValueError(f"nfe: {name} can do at most {most} evaluations on this schedule, not {nfe}; use {most}")
 
 
-def times_of(schedule: Schedule, nfe: int, spacing: str) -> np.ndarray:
-    """nfe descending times of the schedule.
+def times_of(schedule: Schedule, nfe: int, spacing: str, t_start: float | None = None) -> np.ndarray:
+    """nfe descending times of the schedule, from t_start where it is given (on discrete schedules, rounded down).
 
     On discrete schedules "uniform" is i (T // nfe), "quadratic" the squares of linspace(0, sqrt(0.8 T)) (DDIM),
     "trailing" counts back from T - 1; "linspace" includes both ends. Where time is the noise level itself (EDM, VE) it is
@@ -96,23 +101,23 @@ def times_of(schedule: Schedule, nfe: int, spacing: str) -> np.ndarray:
     """
     if spacing not in ("uniform", "linspace", "quadratic", "trailing"):
         raise ValueError(f"spacing: {spacing!r} is not known; use uniform, linspace, quadratic or trailing")
+    top = schedule.t_max if t_start is None else float(schedule.check(t_start, "t_start"))
     if isinstance(schedule, DDPM):
+        T = int(top) + 1
         grids = {
-            "uniform": lambda: np.arange(nfe) * (schedule.T // nfe),
-            "linspace": lambda: np.round(np.linspace(0, schedule.T - 1, nfe)) if nfe > 1 else np.array([schedule.T - 1]),
-            "trailing": lambda: np.round(schedule.T - np.arange(nfe) * (schedule.T / nfe)) - 1,
-            "quadratic": lambda: np.floor(np.linspace(0, np.sqrt(0.8 * schedule.T), nfe) ** 2),
+            "uniform": lambda: np.arange(nfe) * (T // nfe),
+            "linspace": lambda: np.round(np.linspace(0, T - 1, nfe)) if nfe > 1 else np.array([T - 1]),
+            "trailing": lambda: np.round(T - np.arange(nfe) * (T / nfe)) - 1,
+            "quadratic": lambda: np.floor(np.linspace(0, np.sqrt(0.8 * T), nfe) ** 2),
         }
         t = np.unique(grids[spacing]().astype(int))
         if len(t) < nfe:
-            raise ValueError(
-                f"nfe: {spacing} spacing of {schedule.T} steps has {len(t)} distinct times, not {nfe}; use less"
-            )
+            raise ValueError(f"nfe: {spacing} spacing of {T} steps has {len(t)} distinct times, not {nfe}; use less")
         return t[::-1].astype(np.float64)
     if isinstance(schedule, EDM):
-        return karras(schedule.t_max, schedule.t_min, nfe)
+        return karras(top, schedule.t_min, nfe)
     power = 2 if spacing == "quadratic" else 1
-    return np.linspace(schedule.t_max ** (1 / power), schedule.t_min ** (1 / power), nfe) ** power
+    return np.linspace(top ** (1 / power), schedule.t_min ** (1 / power), nfe) ** power
 
 
 def ratio_grid(schedule: Schedule, steps: int, rho: float, ratio_min: float | None, ratio_max: float | None) -> np.ndarray:

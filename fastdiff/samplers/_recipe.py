@@ -5,6 +5,7 @@ there, and draws of noise. `Recipe` notes what each evaluation is made of and gi
 register: the one saved x, or a slot of the history, as long as it is needed.
 """
 
+import dataclasses
 import math
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
@@ -18,6 +19,12 @@ from fastdiff.samplers._grids import Grid
 from fastdiff.schedules import Schedule
 
 Symbol = tuple[str, int]  # ("x", stage), ("d", stage), ("z", draw)
+
+
+def one_step(t: float, to: float, x: float, d: float, noise: dict[int, float], clip: bool) -> Row:
+    """The row of a sampler that remembers nothing: x' = x_ x + d_ D, or d_ clamp(D), + noise."""
+    x, d = float(x), float(d)
+    return Row(float(t), float(to), x=x, d=0.0 if clip else d, d_clip=d if clip else 0.0, noise=noise)
 
 
 class Vector:
@@ -49,7 +56,7 @@ class Vector:
         return Vector({symbol: v / float(c) for symbol, v in self.terms.items()})
 
 
-def combine(weights: Sequence[float], vectors: Sequence[Vector]) -> Vector:
+def combine(weights: Sequence[float] | np.ndarray, vectors: Sequence[Vector]) -> Vector:
     """sum_j weights_j vectors_j."""
     total = Vector({})
     for w, v in zip(weights, vectors, strict=True):
@@ -115,24 +122,30 @@ class Recipe:
                 if symbol[0] == "x" and symbol not in (("x", k), saved):
                     raise ValueError(f"{self.name}: two earlier states are needed at once, {symbol} and {saved}")
             history = {slots[s]: c for s, c in made.items() if s[0] == "d" and s != here}
-            row = {
-                "x": made.get(("x", k), 0.0),
-                "saved": 0.0 if saved is None else made.get(saved, 0.0),
-                "d_clip" if self.clip else "d": made.get(here, 0.0),
-                "history": history,
-                "noise": {s[1]: c for s, c in made.items() if s[0] == "z"},
-            }
+            on_d = made.get(here, 0.0)
+            row = Row(
+                self.times[k],
+                self.times[k + 1],
+                self.evaluated[k],
+                x=made.get(("x", k), 0.0),
+                saved=0.0 if saved is None else made.get(saved, 0.0),
+                d=0.0 if self.clip else on_d,
+                d_clip=on_d if self.clip else 0.0,
+                history=history,
+                noise={s[1]: c for s, c in made.items() if s[0] == "z"},
+                save_x=last.get(("x", k), 0) > k + 1,
+                save_clipped=self.clip,
+                estimate=self.estimate,
+            )
+            saved = ("x", k) if row.save_x else saved
             slots = {s: slot for s, slot in slots.items() if last[s] > k + 1}
             if last.get(here, 0) > k + 1:
                 free = set(range(HISTORY)) - set(slots.values())
                 if not free:
                     raise ValueError(f"{self.name}: more than {HISTORY} earlier estimates are needed at once")
                 slots[here] = min(free)
-                row |= {"save_d": slots[here], "save_clipped": self.clip}
-            if last.get(("x", k), 0) > k + 1:
-                saved = ("x", k)
-                row |= {"save_x": True}
-            rows.append(Row(self.times[k], self.times[k + 1], self.evaluated[k], estimate=self.estimate, **row))
+                row = dataclasses.replace(row, save_d=slots[here])
+            rows.append(row)
         return rows
 
 

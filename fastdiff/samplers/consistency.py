@@ -5,8 +5,9 @@ import dataclasses
 import numpy as np
 
 from fastdiff.denoiser import Prediction
-from fastdiff.plan import Plan, Row
+from fastdiff.plan import Plan
 from fastdiff.samplers._grids import check_nfe, given_times
+from fastdiff.samplers._recipe import one_step
 from fastdiff.samplers.ddpm import ddim
 from fastdiff.schedules import DDPM, Schedule, TrigFlow, karras
 
@@ -38,7 +39,7 @@ def consistency(schedule: Schedule, prediction: Prediction, nfe: int, *, times=N
         d = 1.0 if last else float(alpha[i + 1])
         noise = {} if last else {i: float(np.sqrt(sigma[i + 1] ** 2 - floor**2))}
         end = schedule.t_min if last else t[i + 1]
-        rows.append(Row(float(t[i]), float(end), d=0.0 if clip else d, d_clip=d if clip else 0.0, noise=noise))
+        rows.append(one_step(t[i], end, 0.0, d, noise, clip))
     return Plan("consistency", tuple(rows), schedule, prediction, float(sigma[0]))
 
 
@@ -59,9 +60,11 @@ def lcm(
     `original_steps`-th part of the chain, of which nfe evenly spread ones from the noisiest.
     """
     check_nfe(nfe, "lcm", original_steps)
-    if times is None and not isinstance(schedule, DDPM):
-        raise ValueError(f"schedule: LCM's times are steps of a DDPM chain, not of {type(schedule).__name__}; give times")
     if times is None:
+        if not isinstance(schedule, DDPM):
+            raise ValueError(
+                f"schedule: LCM's times are steps of a DDPM chain, not of {type(schedule).__name__}; give times"
+            )
         kept = np.arange(1, original_steps + 1)[::-1] * (schedule.T // original_steps) - 1
         times = kept[np.floor(np.linspace(0, original_steps, nfe, endpoint=False)).astype(int)]
     t = given_times(schedule, times, nfe)
@@ -72,17 +75,7 @@ def lcm(
         s = time_scale * float(t[i])
         skip, out = sigma_data**2 / (s**2 + sigma_data**2), s / np.sqrt(s**2 + sigma_data**2)
         noise = {i: float(sigma[i])} if i < nfe - 1 else {}
-        d = float(alpha[i] * out)
-        rows.append(
-            Row(
-                float(t[i]),
-                float(ends[i]),
-                x=float(alpha[i] * skip),
-                d=0.0 if clip else d,
-                d_clip=d if clip else 0.0,
-                noise=noise,
-            )
-        )
+        rows.append(one_step(t[i], ends[i], alpha[i] * skip, alpha[i] * out, noise, clip))
     return Plan("lcm", tuple(rows), schedule, prediction, float(schedule.sigma(t[0])))
 
 

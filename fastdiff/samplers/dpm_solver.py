@@ -21,7 +21,7 @@ from fastdiff.schedules import Schedule
 LOWER_AT_THE_END = 15  # below this many evaluations the last steps are of lower order, as in the published code
 
 
-def multistep(
+def dpm_solver_multi(
     schedule: Schedule,
     prediction: Prediction,
     nfe: int,
@@ -50,7 +50,8 @@ def multistep(
     _check(order, estimate, solver, eta)
     low = nfe < LOWER_AT_THE_END if lower_order_final is None else lower_order_final
     path = Path(name, grid(schedule, nfe, **where), prediction, clip=clip, estimate=estimate)
-    y, past = path.y, []  # (level, estimate), latest first
+    y = path.y
+    past: list[tuple[float, Vector]] = []  # latest first
     for i, now, then in path.steps():
         y, d, eps = path.look(y, now)
         past = [(now, d if estimate == "x0" else eps), *past[: order - 1]]
@@ -116,7 +117,7 @@ def _published(levels: list[float], then: float, estimate: str, gain: float) -> 
     )
 
 
-def single_step(
+def dpm_solver_single(
     schedule: Schedule,
     prediction: Prediction,
     nfe: int,
@@ -125,13 +126,14 @@ def single_step(
     estimate: str = "eps",
     solver: str = "dpmsolver",
     inner: str = "logsnr",
+    lower_order_final: bool = True,
     clip: bool = False,
     **where: Unpack[GridOptions],
 ) -> Plan:
     """DPM-Solver(++) 1S, 2S, 3S: `order` evaluations a step, the last steps of lower order so that they add up to nfe.
 
     Third order: steps of 3 evaluations, ending 2, 1 or 1 or 2; second: of 2, ending with 1 where nfe is odd (DPM-Solver's
-    "fast" lists). The step to r = 0, one evaluation, comes on top where the list does not end with a 1.
+    "fast" lists). The step to r = 0 is one evaluation. Without lower_order_final all other steps are of full order.
 
     inner: levels within a step even in log r ("logsnr") or in the schedule's time ("time").
     """
@@ -139,7 +141,7 @@ def single_step(
     name = f"{kind}{order}s"
     check_nfe(nfe, name)
     _check(order, estimate, solver, 0.0)
-    orders = order_list(nfe, order, where.get("to_zero", True))
+    orders = order_list(nfe, order, where.get("to_zero", True), lower_order_final)
     path = Path(name, grid(schedule, len(orders), **where), prediction, clip=clip, estimate=estimate)
     y = path.y
     for k, (_, now, then) in zip(orders, path.steps(), strict=True):
@@ -152,11 +154,15 @@ def single_step(
     return path.plan(y)
 
 
-def order_list(nfe: int, order: int, to_zero: bool) -> list[int]:
+def order_list(nfe: int, order: int, to_zero: bool, lower: bool = True) -> list[int]:
     """Orders of the single steps that make nfe evaluations; a step to zero is of order 1."""
     if order == 1:
         return [1] * nfe
     rest = nfe - 1 if to_zero else nfe
+    if not lower:
+        if rest % order:
+            raise ValueError(f"nfe: steps of order {order} alone make {order} N{' + 1' * to_zero} evaluations, not {nfe}")
+        return [order] * (rest // order) + [1] * to_zero
     last = {2: {0: [], 1: [1]}, 3: {0: [], 1: [1], 2: [2]}}[order][rest % order]
     orders = [order] * (rest // order) + last
     if order == 3 and rest % 3 == 0 and rest and not to_zero:

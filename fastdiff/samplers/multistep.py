@@ -42,7 +42,8 @@ def _adams(name, schedule, prediction, nfe, order, variable, low, where) -> Plan
     if order not in (1, 2, 3, 4):
         raise ValueError(f"order: {order} is not known; use 1, 2, 3 or 4")
     path = Path(name, grid(schedule, nfe, **where), prediction, estimate="eps")
-    y, past = path.y, []
+    y = path.y
+    past: list[tuple[float, Vector]] = []  # latest first
     for i, now, then in path.steps():
         y, d, eps = path.look(y, now)
         past = [(now, eps), *past[: order - 1]]
@@ -64,7 +65,8 @@ def ipndm(schedule: Schedule, prediction: Prediction, nfe: int, *, order: int = 
     if order not in BASHFORTH:
         raise ValueError(f"order: {order} is not known; use 1, 2, 3 or 4")
     path = Path("ipndm", grid(schedule, nfe, **where), prediction, estimate="eps")
-    y, past = path.y, []
+    y = path.y
+    past: list[Vector] = []  # latest first
     for _, now, then in path.steps():
         y, d, eps = path.look(y, now)
         past = [eps, *past[: order - 1]]
@@ -95,7 +97,8 @@ def pndm(
     to_zero = where.get("to_zero", True)
     check_nfe(nfe, "pndm", fewest=more + first + to_zero)
     path = Path("pndm", grid(schedule, nfe - more, **where), prediction, estimate="eps")
-    y, past = path.y, []
+    y = path.y
+    past: list[Vector] = []  # latest first
     for i, now, then in path.steps():
         y, d, eps = path.look(y, now)
         past = [eps, *past[:3]]

@@ -40,7 +40,8 @@ def unipc(
         raise ValueError(f"estimate: {estimate!r} is not known; use 'x0' or 'eps'")
     low = nfe < LOWER_AT_THE_END if lower_order_final is None else lower_order_final
     path = Path(name, grid(schedule, nfe, **where), prediction, clip=clip, estimate=estimate)
-    y, past, correct = path.y, [], None
+    y, correct = path.y, None
+    past: list[tuple[float, Vector]] = []  # latest first
     for i, now, then in path.steps():
         y, d, eps = path.look(y, now)
         e = d if estimate == "x0" else eps
