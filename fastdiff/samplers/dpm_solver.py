@@ -43,8 +43,7 @@ def dpm_solver_multi(
     default "dpmsolver" for orders 1 and 2, "taylor" for 3. It starts with orders 1, 2, ...; a step to r = 0 is the
     estimate itself.
     """
-    kind = "dpm-solver++" if estimate == "x0" else "dpm-solver"
-    name = f"{'sde-' if eta else ''}{kind}{order}m"
+    name = f"{'sde-' if eta else ''}{_family(estimate)}{order}m"
     check_nfe(nfe, name)
     solver = ("taylor" if order == 3 else "dpmsolver") if solver is None else solver
     _check(order, estimate, solver, eta)
@@ -63,6 +62,10 @@ def dpm_solver_multi(
         if eta:
             y = y + S_noise * then * math.sqrt(-math.expm1(-2 * eta * math.log(now / then))) * z(i)
     return path.plan(y)
+
+
+def _family(estimate: str) -> str:
+    return "dpm-solver++" if estimate == "x0" else "dpm-solver-"
 
 
 def _check(order: int, estimate: str, solver: str, eta: float) -> None:
@@ -137,8 +140,7 @@ def dpm_solver_single(
 
     inner: levels within a step even in log r ("logsnr") or in the schedule's time ("time").
     """
-    kind = "dpm-solver++" if estimate == "x0" else "dpm-solver"
-    name = f"{kind}{order}s"
+    name = f"{_family(estimate)}{order}s"
     check_nfe(nfe, name)
     _check(order, estimate, solver, 0.0)
     orders = order_list(nfe, order, where.get("to_zero", True), lower_order_final)

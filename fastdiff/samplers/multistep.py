@@ -28,8 +28,7 @@ def deis(
 
     The weights int L_j dr are exact. With eps a polynomial in log r this is DPM-Solver's "taylor" multistep.
     """
-    low = nfe < LOWER_AT_THE_END if lower_order_final is None else lower_order_final
-    return _adams("deis", schedule, prediction, nfe, order, "log", low, where)
+    return _adams("deis", schedule, prediction, nfe, order, "log", lower_order_final, where)
 
 
 def lms(schedule: Schedule, prediction: Prediction, nfe: int, *, order: int = 4, **where: Unpack[GridOptions]) -> Plan:
@@ -37,8 +36,9 @@ def lms(schedule: Schedule, prediction: Prediction, nfe: int, *, order: int = 4,
     return _adams("lms", schedule, prediction, nfe, order, "ratio", False, where)
 
 
-def _adams(name, schedule, prediction, nfe, order, variable, low, where) -> Plan:
+def _adams(name, schedule, prediction, nfe, order, variable, lower_order_final, where) -> Plan:
     check_nfe(nfe, name)
+    low = nfe < LOWER_AT_THE_END if lower_order_final is None else lower_order_final
     if order not in (1, 2, 3, 4):
         raise ValueError(f"order: {order} is not known; use 1, 2, 3 or 4")
     path = Path(name, grid(schedule, nfe, **where), prediction, estimate="eps")

@@ -113,7 +113,7 @@ def reverse_sde(
     nfe = N (1 + corrections).
     """
     each = 1 + (corrections if corrector else 0)
-    name = predictor if corrector is None else f"{predictor}+{corrector}"
+    name = predictor if corrector is None else "annealed-langevin"
     check_nfe(nfe, name, fewest=each)
     if nfe % each:
         raise ValueError(f"nfe: {name} makes {each} evaluations in each step, not {nfe}; use a multiple of {each}")

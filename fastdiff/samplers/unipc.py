@@ -30,8 +30,7 @@ def unipc(
     order to p + 1 (measured with the history given). Where the published method takes a shortcut, the predictor's second
     and the corrector's first order with weight 1/2, B(h) matters; in all other cases it cancels.
     """
-    name = f"unipc-{order}"
-    check_nfe(nfe, name)
+    check_nfe(nfe, "unipc")
     if order not in (1, 2, 3):
         raise ValueError(f"order: {order} is not known; use 1, 2 or 3")
     if B not in ("bh1", "bh2"):
@@ -39,7 +38,7 @@ def unipc(
     if estimate not in ("x0", "eps"):
         raise ValueError(f"estimate: {estimate!r} is not known; use 'x0' or 'eps'")
     low = nfe < LOWER_AT_THE_END if lower_order_final is None else lower_order_final
-    path = Path(name, grid(schedule, nfe, **where), prediction, clip=clip, estimate=estimate)
+    path = Path("unipc", grid(schedule, nfe, **where), prediction, clip=clip, estimate=estimate)
     y, correct = path.y, None
     past: list[tuple[float, Vector]] = []  # latest first
     for i, now, then in path.steps():
