@@ -16,6 +16,7 @@ FLOORS = [
     {"cli"},
     {"commands"},
     {"sample", "training", "info", "images"},
+    {"request"},
     {"model"},
     {"plan", "samplers", "unet"},
     {"denoiser", "nn"},
