@@ -5,7 +5,7 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,19 +14,15 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from fastdiff import schedules
+from fastdiff import checkpoints, schedules
+from fastdiff.checkpoints import CheckpointError, Convention
 from fastdiff.denoiser import Denoiser, Prediction
-from fastdiff.nn import PositionalEmbedding
 from fastdiff.schedules import Schedule
 from fastdiff.unet import UNet, UNetConfig
 
 ASSETS = Path(__file__).parent / "assets"
 FORMAT = 1
 FAMILIES = ("diffusion", "consistency")
-
-
-class CheckpointError(ValueError):
-    """A file is no fastdiff checkpoint, or a damaged one; the message says which and what to do."""
 
 
 @dataclasses.dataclass
@@ -37,6 +33,7 @@ class Model:
     shape: (C, H, W) of one image; labels: number of classes, 0 for an unconditional model.
     times: recommended times of the evaluations for each nfe, {2: [80.0, 0.821]}.
     info: provenance, plain JSON values: licence, training command, data.
+    convention: how the original of an imported network is called; `net` and `denoise` follow it.
     """
 
     network: Callable[..., Tensor]
@@ -47,6 +44,7 @@ class Model:
     labels: int = 0
     times: dict[int, list[float]] = dataclasses.field(default_factory=dict)
     info: dict[str, Any] = dataclasses.field(default_factory=dict)
+    convention: Convention = dataclasses.field(default_factory=Convention)
 
     def __post_init__(self):
         if self.family not in FAMILIES:
@@ -57,6 +55,40 @@ class Model:
     @property
     def denoiser(self) -> Denoiser:
         return Denoiser(self.network, self.schedule, self.prediction)
+
+    def net(
+        self,
+        x: Tensor,
+        c_noise: Tensor | float,
+        labels: Tensor | None = None,
+        augment_labels: Tensor | None = None,
+    ) -> Tensor:
+        """The raw network as its original defines it: x [B, C, H, W], c_noise [B] or one for all -> its output.
+
+        Labels are int64 [B] or one-hot [B, labels]. An imported network gets what its own code gives it (a noise level, an
+        index) and returns what that returns.
+        """
+        about, extra = self.convention, _extra(labels, augment_labels)
+        c = torch.as_tensor(c_noise, device=x.device).to(torch.float32).expand(len(x))
+        level = c.reshape(-1, *[1] * (x.dim() - 1))
+        y = self.network(2 * x - 1 if about.unit_range else x, c.log() if about.log_level else c, **extra)
+        return y / level if about.divided else y
+
+    def denoise(
+        self,
+        x: Tensor,
+        t: Tensor | float,
+        labels: Tensor | None = None,
+        augment_labels: Tensor | None = None,
+    ) -> Tensor:
+        """D(x, t), the estimate of the image, float32; t [B] or one for all in the schedule's own time.
+
+        x and D are in the original's range of values, and so is the noise level where that is [0, 1].
+        """
+        extra = _extra(labels, augment_labels)
+        if not self.convention.unit_range:
+            return self.denoiser(x, t, **extra)
+        return (self.denoiser(2 * x - 1, 2 * torch.as_tensor(t), **extra) + 1) / 2
 
     @property
     def device(self) -> torch.device:
@@ -80,17 +112,20 @@ class Model:
     def _description(self) -> dict[str, Any]:
         network: dict[str, Any] = {"class": type(self.network).__name__}
         if isinstance(self.network, UNet):
-            network["config"] = dataclasses.asdict(self.network.config)
-        return {
+            network["config"] = self.network.config.describe()
+        description = {
             "format": FORMAT,
             "network": network,
             "schedule": schedules.to_dict(self.schedule),
-            "prediction": dataclasses.asdict(self.prediction),
+            "prediction": self.prediction.describe(),
             "family": self.family,
             "shape": self.shape,
             "labels": self.labels,
             "times": {str(k): v for k, v in self.times.items()},
         }
+        if self.convention != Convention():
+            description["convention"] = dataclasses.asdict(self.convention)
+        return description
 
     def save(self, path: str | os.PathLike, dtype: torch.dtype | None = None) -> None:
         """Write one .safetensors file, all of it or nothing; `dtype` (torch.float16, say) is that of the stored weights."""
@@ -102,6 +137,12 @@ class Model:
         state = {k: (v.to(dtype) if dtype and v.is_floating_point() else v).contiguous() for k, v in self.state.items()}
         metadata = {"fastdiff": json.dumps(self._description() | {"info": self.info})}
         atomically(path, lambda temporary: save_file(state, temporary, metadata=metadata))
+
+
+def _extra(labels: Tensor | None, augment_labels: Tensor | None) -> dict[str, Tensor]:
+    """What a network is called with beside x and c_noise."""
+    given = {"labels": labels, "augment_labels": augment_labels}
+    return {name: value for name, value in given.items() if value is not None}
 
 
 def atomically(path: str | os.PathLike, write: Callable[[str], None]) -> None:
@@ -163,6 +204,44 @@ def wrap(
         shape, labels = shape or (config.in_channels, config.resolution, config.resolution), config.labels
     prediction = dataclasses.replace(prediction, raw=not precondition)
     return Model(network, schedule, prediction, family, shape, labels)
+
+
+def from_state_dict(
+    state: Mapping[str, Tensor],
+    family: str,
+    class_name: str | None = None,
+    **config: Any,
+) -> Model:
+    """A model from another project's weights, which stay as they are.
+
+    Args:
+        state: the original's state dict; weights of any floating type become float32.
+        family: "diffusers", "edm", "openai" or "score_sde".
+        class_name: the original's class; by default UNet2DModel, EDMPrecond, UNetModel, NCSNpp.
+        config: the arguments it was built with, under its own names. OpenAI's networks need none of them where shapes tell
+            all but `image_size`; `use_new_attention_order` says what shapes cannot.
+
+    Raises: ValueError for an unknown family; CheckpointError that names what cannot be read, is missing, unexpected or of
+    another shape.
+    """
+    network, about = checkpoints.convert(dict(state), family, class_name, config, "state")
+    return imported(network, about)
+
+
+def imported(network: UNet, about: checkpoints.About) -> Model:
+    """The model of a network from elsewhere."""
+    config = network.config
+    shape = (config.in_channels, config.resolution, config.resolution)
+    return Model(
+        network,
+        about.schedule,
+        about.prediction,
+        about.family,
+        shape,
+        config.labels,
+        info=about.info,
+        convention=about.convention,
+    )
 
 
 def packaged(nfe: int | None = None) -> Path:
@@ -233,23 +312,20 @@ def _build(path: Path, description: dict[str, Any], state: dict[str, Tensor], de
                 f"file is damaged, use an earlier checkpoint"
             )
     try:
-        with torch.device("meta"):
-            network = UNet(UNetConfig(**description["network"]["config"]))
+        network = checkpoints.build(UNetConfig(**description["network"]["config"]))
         about = {
             "schedule": schedules.from_dict(description["schedule"]),
-            "prediction": Prediction(**description["prediction"]),
+            "prediction": Prediction.from_dict(description["prediction"]),
             "family": description["family"],
             "shape": tuple(description["shape"]),
             "labels": description["labels"],
             "times": {int(k): v for k, v in description["times"].items()},
+            "convention": Convention(**description.get("convention", {})),
         }
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"model: the description in {path} is incomplete or inconsistent: {error!r}") from error
-    network = network.to_empty(device="cpu")
     try:
-        network.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in state.items()})
+        network.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in state.items()}, assign=True)
     except RuntimeError as error:
         raise CheckpointError(f"model: the weights in {path} do not fit its own description: {error}") from error
-    if isinstance(network.time, PositionalEmbedding):
-        network.time.reset()
     return Model(network.to(device).eval().requires_grad_(False), **about, info=description.get("info", {}))
