@@ -10,12 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from fastdiff import checkpoints, schedules
-from fastdiff.checkpoints import CheckpointError, Convention
+from fastdiff.checkpoints import CheckpointError, Convention, files
 from fastdiff.denoiser import Denoiser, Prediction
 from fastdiff.schedules import Schedule
 from fastdiff.unet import UNet, UNetConfig
@@ -224,7 +223,7 @@ def from_state_dict(
     Raises: ValueError for an unknown family; CheckpointError that names what cannot be read, is missing, unexpected or of
     another shape.
     """
-    network, about = checkpoints.convert(dict(state), family, class_name, config, "state")
+    network, about = checkpoints.convert({**state}, family, class_name, config, "state: the weights")
     return imported(network, about)
 
 
@@ -249,18 +248,38 @@ def packaged(nfe: int | None = None) -> Path:
     return ASSETS / ("mnist-edm.safetensors" if nfe is not None and nfe > 8 else "mnist-ect.safetensors")
 
 
-def load(source: str | os.PathLike | Model, device: str | torch.device = "cpu") -> Model:
-    """Read a model from a fastdiff checkpoint, or pass a `Model` through.
+def load(source: Any, device: str | torch.device = "cpu", **config: Any) -> Model:
+    """Read a model from a checkpoint of ours or of another project, told by its content, or pass a `Model` through.
 
     Args:
-        source: a path, or the name of a packaged model ("mnist-ect", "mnist-edm"). No code in the file is run.
+        source: a path, the name of a packaged model ("mnist-ect", "mnist-edm"), or a diffusers UNet2DModel or unconditional
+            pipeline in memory. Files: ours, a folder of such a diffusers model or pipeline, EDM's pickles, state dicts of
+            OpenAI's diffusion models, checkpoints of score_sde (the moving averages are taken). No code in a file is run.
         device: where the weights go.
+        config: what a file of another project does not say, see `from_state_dict`; for OpenAI's and score_sde's also
+            `preset`, the name of a published model.
 
     Raises: FileNotFoundError; CheckpointError for a truncated, foreign or inconsistent file, or weights that are not
     finite; TypeError for anything else, a network without its schedule in particular.
     """
     if isinstance(source, Model):
         return source
+    foreign = files.of_object(source)
+    if foreign is None:
+        path = _path(source)
+        found = files.read(path, config)
+        if isinstance(found, files.Native):
+            return _build(path, found, device)
+        foreign, what = found, f"in {path}"
+    else:
+        what = f"of the {type(source).__name__}"
+    network, about = checkpoints.convert(
+        foreign.state, foreign.family, foreign.class_name, foreign.config, f"model: the weights {what}"
+    )
+    return imported(network.to(device), about)
+
+
+def _path(source: Any) -> Path:
     if isinstance(source, nn.Module) or callable(source):
         raise TypeError(
             f"model: a {type(source).__name__} alone does not say how it was trained; wrap it with its schedule and "
@@ -271,46 +290,21 @@ def load(source: str | os.PathLike | Model, device: str | torch.device = "cpu") 
     path = Path(source)
     if not path.exists() and (ASSETS / f"{source}.safetensors").is_file():
         path = ASSETS / f"{source}.safetensors"
-    if not path.is_file():
+    if not path.exists():
         names = ", ".join(sorted(p.stem for p in ASSETS.glob("*.safetensors")))
         raise FileNotFoundError(f"model: {source} is no file; give the path of a checkpoint or a packaged name ({names})")
-    description, state = _read(path)
-    return _build(path, description, state, device)
+    return path
 
 
-def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def _build(path: Path, found: files.Native, device: str | torch.device) -> Model:
+    """A model of our own file."""
     try:
-        with safe_open(path, "pt") as file:
-            metadata = file.metadata() or {}
-            state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - safe_open is no mapping
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(
-            f"model: {path} is truncated or not a .safetensors file ({error}); copy it again or give another file"
-        ) from error
-    if "fastdiff" not in metadata:
-        raise CheckpointError(
-            f"model: {path} is a .safetensors file of another program: it has no fastdiff description. Build the network "
-            f"yourself, load these weights into it and use fastdiff.wrap(net, schedule=..., prediction=...)"
-        )
-    try:
-        description = json.loads(metadata["fastdiff"])
-    except json.JSONDecodeError as error:
+        description = json.loads(found.description)
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"model: the description in {path} is damaged ({error}); copy it again") from error
-    if description.get("format") != FORMAT:
-        raise CheckpointError(
-            f"model: {path} has format {description.get('format')}, this fastdiff reads {FORMAT}; update fastdiff"
-        )
-    return description, state
-
-
-def _build(path: Path, description: dict[str, Any], state: dict[str, Tensor], device) -> Model:
-    for key, value in state.items():
-        if value.is_floating_point() and not torch.isfinite(value).all():
-            bad = int((~torch.isfinite(value)).sum())
-            raise CheckpointError(
-                f"model: {bad} of {value.numel()} weights of {key} in {path} are NaN or infinite; training diverged or the "
-                f"file is damaged, use an earlier checkpoint"
-            )
+    version = description.get("format") if isinstance(description, dict) else None
+    if version != FORMAT:
+        raise CheckpointError(f"model: {path} has format {version}, this fastdiff reads {FORMAT}; update fastdiff")
     try:
         network = checkpoints.build(UNetConfig(**description["network"]["config"]))
         about = {
@@ -322,10 +316,7 @@ def _build(path: Path, description: dict[str, Any], state: dict[str, Tensor], de
             "times": {int(k): v for k, v in description["times"].items()},
             "convention": Convention(**description.get("convention", {})),
         }
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError, OverflowError, ZeroDivisionError, RuntimeError) as error:
         raise CheckpointError(f"model: the description in {path} is incomplete or inconsistent: {error!r}") from error
-    try:
-        network.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in state.items()}, assign=True)
-    except RuntimeError as error:
-        raise CheckpointError(f"model: the weights in {path} do not fit its own description: {error}") from error
-    return Model(network.to(device).eval().requires_grad_(False), **about, info=description.get("info", {}))
+    checkpoints.fill(network, checkpoints.Layout(), found.state, f"model: the weights in {path}")
+    return Model(network.to(device), **about, info=description.get("info", {}))

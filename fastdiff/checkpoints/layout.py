@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fastdiff.checkpoints.errors import CheckpointError
+from fastdiff.checkpoints.stored import Stored, Weight
 from fastdiff.denoiser import Prediction
 from fastdiff.nn import Attention, PositionalEmbedding, Resample
 from fastdiff.schedules import Schedule
@@ -129,17 +130,17 @@ def build(config: UNetConfig) -> UNet:
     return network
 
 
-def fill(network: nn.Module, layout: Layout, state: dict[str, Any], where: str, own: bool) -> None:
+def fill(network: nn.Module, layout: Layout, state: dict[str, Any], where: str) -> None:
     """Move the weights of `state` into `network`, as float32; `state` is emptied on the way.
 
-    own: the tensors are nobody else's, and may become the network's as they are.
+    Stored tensors are read one at a time, so that the memory needed is the network's. Tensors stay the caller's.
 
     Raises: CheckpointError that names what is missing, unexpected, of another shape or not finite.
     """
     wanted = {key: blank.shape for key, blank in network.state_dict().items()}
     sources = {key: layout.source(key) for key in wanted}
     uses = Counter(name for names, _ in sources.values() for name in names)
-    problems: dict[str, list[str]] = {"missing": [n for n in uses if not isinstance(state.get(n), Tensor)]}
+    problems: dict[str, list[str]] = {"missing": [n for n in uses if not isinstance(state.get(n), (Tensor, Stored))]}
     problems["unexpected"] = [k for k in state if k not in uses and not layout.ignored.search(str(k))]
     if any(problems.values()):
         _raise(problems, where)
@@ -155,11 +156,10 @@ def fill(network: nn.Module, layout: Layout, state: dict[str, Any], where: str, 
             shapes = " with ".join(str(list(state[n].shape)) for n in names)
             problems["of another shape"].append(f"{names[0]} {shapes} where {list(shape)} belongs")
         elif not torch.isfinite(value).all():
-            problems["not finite"].append(names[0])
-        elif own or value.data_ptr() != state[names[0]].data_ptr():
-            weights[key] = value.contiguous()
+            bad = int((~torch.isfinite(value)).sum())
+            problems["not finite"].append(f"{names[0]} ({bad} of {value.numel()} values)")
         else:
-            weights[key] = value.clone(memory_format=torch.contiguous_format)
+            weights[key] = _own(value, state[names[0]])
         uses.subtract(names)
         for name in names:
             if not uses[name]:
@@ -169,8 +169,15 @@ def fill(network: nn.Module, layout: Layout, state: dict[str, Any], where: str, 
     network.eval().requires_grad_(False)
 
 
-def _float32(value: Tensor) -> Tensor:
-    return value.detach().float() if value.is_floating_point() else value.detach()
+def _float32(value: Weight) -> Tensor:
+    value = value.read() if isinstance(value, Stored) else value.detach()
+    return value.float() if value.is_floating_point() else value
+
+
+def _own(value: Tensor, source: Weight) -> Tensor:
+    """The value in memory that is not the source's."""
+    shared = isinstance(source, Tensor) and value.data_ptr() == source.data_ptr()
+    return value.clone(memory_format=torch.contiguous_format) if shared else value.contiguous()
 
 
 def _normal(value: Tensor, shape: torch.Size) -> Tensor:
@@ -188,7 +195,13 @@ def _raise(problems: dict[str, list[str]], where: str) -> None:
             more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
             groups.append(f"{len(names)} {kind}: {', '.join(n[:200] for n in names[:SHOWN])}{more}")
     if groups:
-        raise CheckpointError(f"{where}: the weights do not fit the network; {'; '.join(groups)}")
+        raise CheckpointError(f"{where} do not fit the network: {'; '.join(groups)}")
+
+
+def shape_of(state: Mapping[str, Any], key: str) -> tuple[int, ...]:
+    """The shape of a tensor of the state dict, () where there is none."""
+    value = state.get(key)
+    return tuple(value.shape) if isinstance(value, (Tensor, Stored)) else ()
 
 
 def require(condition: Any, message: str) -> None:

@@ -7,8 +7,8 @@ from typing import Any
 
 from torch import Tensor
 
-from fastdiff.checkpoints.errors import CheckpointError
-from fastdiff.checkpoints.layout import REQUIRED, About, Layout, build, heads, options, require, steps, swap_halves
+from fastdiff.checkpoints.layout import REQUIRED, About, Layout, build, heads, options, require, shape_of, steps, swap_halves
+from fastdiff.checkpoints.stored import Stored
 from fastdiff.denoiser import Prediction
 from fastdiff.schedules import DDPM, EDM
 from fastdiff.unet import UNet, UNetConfig
@@ -124,8 +124,8 @@ def read(state: Mapping[str, Any], class_name: str | None, config: dict[str, Any
 def _flat_projection(state: Mapping[str, Any]) -> bool | None:
     """True: q, k, v come from a Conv1d (guided-diffusion); False: a Conv2d (consistency_models); None: no attention."""
     for key, value in state.items():
-        if str(key).endswith(".qkv.weight") and isinstance(value, Tensor):
-            return value.dim() == 3
+        if str(key).endswith(".qkv.weight") and isinstance(value, (Tensor, Stored)):
+            return len(value.shape) == 3
     return None
 
 
@@ -224,11 +224,10 @@ def _layout(network: UNet, v: Mapping[str, Any], order: str) -> Layout:
 def infer(state: Mapping[str, Any]) -> dict[str, Any]:
     """The arguments that shapes and names tell; image_size only for the multipliers that guided-diffusion knows."""
 
-    def shape(key: str) -> list[int]:
-        value = state.get(key)
-        if not isinstance(value, Tensor) or value.dim() < 1:
-            raise CheckpointError(f"state: {key} is missing; this is no UNetModel, or give its arguments as config")
-        return list(value.shape)
+    def shape(key: str) -> tuple[int, ...]:
+        found = shape_of(state, key)
+        require(len(found) >= 2, f"state: {key} is missing or no matrix; this is no UNetModel")
+        return found
 
     model = shape("time_embed.0.weight")[-1]
     # The way up tells levels apart, because the block that ends one also doubles the resolution.

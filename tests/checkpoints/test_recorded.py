@@ -106,7 +106,7 @@ def test_residual_blocks(case, variant):
     layout.modules.update({ours: f"{variant}.{theirs}" for theirs, ours in edm.RESIDUAL.items()})
     if block.attention is not None:
         layout.qkv("attention.qkv", f"{variant}.qkv", block.attention.heads, "edm")
-    fill(block, layout, {k: x for k, x in data.weights.items() if k.startswith(f"{variant}.")}, variant, own=False)
+    fill(block, layout, {k: x for k, x in data.weights.items() if k.startswith(f"{variant}.")}, variant)
     got = block(data.io[f"{variant}.x"], data.io[f"{variant}.emb"])
     assert error(got, data.io[f"{variant}.out"]) <= LIMIT
 
