@@ -11,7 +11,17 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 PLACES = ("fastdiff/ops/{}.py", "tests/ops/test_{}.py", "kernels/triton/{}.py", "csrc/cpu/{}.cpp", "benchmarks/bench_{}.py")
-OPS = ("philox_normal", "add_noise", "denoise_step", "group_norm_silu", "group_norm_attention", "resample")
+OPS = (
+    "philox_normal",
+    "add_noise",
+    "denoise_step",
+    "schedule_coefficients",
+    "langevin_step",
+    "group_norm_silu",
+    "group_norm_attention",
+    "resample",
+    "embedding",
+)
 # Composed of other ops so far: a schema, a reference and tests, and no kernel of their own to test or to measure.
 COMPOSED = ("conv3x3",)
 
