@@ -13,10 +13,18 @@ from fastdiff.ops.group_norm_silu import group_norm_silu
 from fastdiff.ops.philox_normal import Domain, philox_normal, seed_tensor
 from fastdiff.ops.resample import resample, resample_pads
 
+# op with both a C++ and a Triton kernel for CUDA -> which one serves where both are there, and why.
+ON_CUDA = {
+    "add_noise": ("cuda", "unmeasured; launched from C++, which costs less than from Python"),
+    "denoise_step": ("cuda", "unmeasured; launched from C++, which costs less than from Python"),
+    "philox_normal": ("cuda", "unmeasured; launched from C++, which costs less than from Python"),
+}
+
 _register.load_native()
-_register.load_triton()
+_register.load_triton(ON_CUDA)
 
 __all__ = [
+    "ON_CUDA",
     "Domain",
     "Served",
     "add_noise",

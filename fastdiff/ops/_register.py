@@ -8,7 +8,7 @@ calls to a ``setup_context`` twin made from the same two formulas.
 
 import importlib.util
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 from torch.autograd import Function
@@ -24,6 +24,7 @@ native_error: str | None = "not loaded yet"
 triton_error: str | None = "not loaded yet"
 KERNELS = "fastdiff.kernels"
 _TRITON: set[str] = set()  # the ops that Triton serves
+_OVERRIDDEN: dict[str, Callable] = {}  # the extension's kernels that Triton's stand in front of
 _COMPOSED: set[str] = set()  # the ops made of other ops and library calls on every device
 
 
@@ -134,10 +135,10 @@ def load_native() -> None:
         native_error = None
 
 
-def load_triton() -> None:
+def load_triton(on_cuda: Mapping[str, tuple[str, str]]) -> None:
     """Register the Triton kernels for CUDA tensors; they, and Triton, are imported at the first CUDA call.
 
-    After load_native(): an op that the extension serves on CUDA keeps that kernel, so that each op has one.
+    After load_native(): where the extension has a kernel too, on_cuda[op][0], "cuda" or "triton", says which one serves.
     """
     global triton_error
     if importlib.util.find_spec("triton") is None:
@@ -147,9 +148,32 @@ def load_triton() -> None:
     else:
         triton_error = None
         for name in _OPS:
-            if not _has_kernel(name, "CUDA") and importlib.util.find_spec(f"{KERNELS}.{name}"):
-                implement(name, _lazily(name), "CUDA")
-                _TRITON.add(name)
+            if importlib.util.find_spec(f"{KERNELS}.{name}"):
+                _choose(name, on_cuda.get(name, ("cuda", ""))[0])
+
+
+def _choose(name: str, wanted: str) -> None:
+    """Let Triton serve `name` on CUDA unless the extension does and is wanted."""
+    extension = _has_kernel(name, "CUDA")
+    if extension and wanted == "cuda":
+        return
+    if extension:
+        kernel, keys = torch.library.get_kernel(overload(name), "CUDA"), torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
+        _OVERRIDDEN[name] = lambda *args: kernel.call_boxed(keys, *args)
+    _LIBRARY.impl(name, _lazily(name), "CUDA", allow_override=extension)
+    _TRITON.add(name)
+
+
+def on_cuda(name: str) -> dict[str, Callable]:
+    """Every CUDA implementation of `fastdiff::name` here, by name: "cuda" (C++), "triton". For benchmarks and tests."""
+    found: dict[str, Callable] = {}
+    if name in _OVERRIDDEN:
+        found["cuda"] = _OVERRIDDEN[name]
+    elif _has_kernel(name, "CUDA") and name not in _TRITON:
+        found["cuda"] = overload(name)
+    if triton_error is None and importlib.util.find_spec(f"{KERNELS}.{name}"):
+        found["triton"] = _lazily(name)
+    return found
 
 
 def _lazily(name: str) -> Callable:
