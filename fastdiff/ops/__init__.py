@@ -17,11 +17,20 @@ from fastdiff.ops.philox_normal import Domain, philox_normal, seed_tensor
 from fastdiff.ops.resample import resample, resample_pads
 from fastdiff.ops.schedule_coefficients import schedule_coefficients
 
+# op with both a C++ and a Triton kernel for CUDA -> which one serves where both are there, and why.
+ON_CUDA = {
+    "add_noise": ("cuda", "unmeasured; launched from C++, which costs less than from Python"),
+    "group_norm_silu": ("cuda", "unmeasured; reads x once also where a slice is larger than one program's tile"),
+    "denoise_step": ("cuda", "unmeasured; launched from C++, which costs less than from Python"),
+    "philox_normal": ("cuda", "unmeasured; launched from C++, which costs less than from Python"),
+}
+
 _register.load_native()
-_register.load_triton()
+_register.load_triton(ON_CUDA)
 _register.load_composed()
 
 __all__ = [
+    "ON_CUDA",
     "Domain",
     "Norm",
     "Served",

@@ -8,7 +8,7 @@ calls to a ``setup_context`` twin made from the same two formulas.
 
 import importlib.util
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 from torch.autograd import Function
@@ -27,6 +27,7 @@ KERNELS = "fastdiff.kernels"
 _TRITON: set[str] = set()  # the ops that Triton serves
 _COMPOSED: dict[str, Callable] = {}  # ops made of other ops where they have no kernel of their own
 _COMPOSED_FOR: set[tuple[str, str]] = set()  # (op, dispatch key) where that serves
+_OVERRIDDEN: dict[str, Callable] = {}  # the extension's kernels that Triton's stand in front of
 
 
 def strict() -> bool:
@@ -130,11 +131,11 @@ def load_native() -> None:
         native_error = None
 
 
-def load_triton() -> None:
+def load_triton(on_cuda: Mapping[str, tuple[str, str]]) -> None:
     """Register the Triton kernels for CUDA tensors; they, and Triton, are imported at the first CUDA call.
 
-    After load_native(): an op that the extension serves on CUDA keeps that kernel, so that each op has one. That kernel
-    finds the Triton one as `fastdiff::<name>_triton` for the cases it does not take.
+    After load_native(): where the extension has a kernel too, on_cuda[op][0], "cuda" or "triton", says which one serves. The
+    extension's kernel finds Triton's as `fastdiff::<op>_triton` for the cases it does not take.
     """
     global triton_error
     if importlib.util.find_spec("triton") is None:
@@ -143,14 +144,37 @@ def load_triton() -> None:
         triton_error = f"{KERNELS} is not installed; install the package (pip install -e .) rather than put it on the path"
     else:
         triton_error = None
-    for name in _OPS:
+    for name, schema in _OPS.items():
         launcher = _lazily(name) if triton_error is None and importlib.util.find_spec(f"{KERNELS}.{name}") else None
         if _has_kernel(name, "CUDA"):
-            _LIBRARY.define(f"{name}_triton{_OPS[name]}")
+            _LIBRARY.define(f"{name}_triton{schema}")
             implement(f"{name}_triton", launcher or _DEFAULTS[name], "CUDA")
-        elif launcher:
-            implement(name, launcher, "CUDA")
-            _TRITON.add(name)
+        if launcher:
+            _choose(name, launcher, on_cuda.get(name, ("cuda", ""))[0])
+
+
+def _choose(name: str, launcher: Callable, wanted: str) -> None:
+    """Let Triton serve `name` on CUDA unless the extension does and is wanted."""
+    extension = _has_kernel(name, "CUDA")
+    if extension and wanted == "cuda":
+        return
+    if extension:
+        kernel, keys = torch.library.get_kernel(overload(name), "CUDA"), torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
+        _OVERRIDDEN[name] = lambda *args: kernel.call_boxed(keys, *args)
+    _LIBRARY.impl(name, launcher, "CUDA", allow_override=extension)
+    _TRITON.add(name)
+
+
+def on_cuda(name: str) -> dict[str, Callable]:
+    """Every CUDA implementation of `fastdiff::name` here, by name: "cuda" (C++), "triton". For benchmarks and tests."""
+    found: dict[str, Callable] = {}
+    if name in _OVERRIDDEN:
+        found["cuda"] = _OVERRIDDEN[name]
+    elif _has_kernel(name, "CUDA") and name not in _TRITON:
+        found["cuda"] = overload(name)
+    if triton_error is None and importlib.util.find_spec(f"{KERNELS}.{name}"):
+        found["triton"] = _lazily(name)
+    return found
 
 
 def compose(name: str, fn: Callable) -> None:
