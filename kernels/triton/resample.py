@@ -190,8 +190,8 @@ def resample(x, taps, up, down, p0, height, width):
         block_c = min(triton.next_power_of_2(c), 64)
         block_p = min(triton.next_power_of_2(pixels), TILE // block_c)
     else:
-        block_p = min(triton.next_power_of_2(pixels), TILE)
-        block_c = min(triton.next_power_of_2(c), TILE // block_p)
+        block_p = min(triton.next_power_of_2(pixels), TILE // 2)  # its narrow loads hold more registers
+        block_c = min(triton.next_power_of_2(c), TILE // 2 // block_p)
     start = taps.shape[0] - 1 - p0
     skipped = max(0, -(start // up))
     tiles_c, tiles_p = triton.cdiv(c, block_c), triton.cdiv(pixels, block_p)
