@@ -76,13 +76,6 @@ template <class In, class Out> void along(const Resample& a, const Hits& h, cons
   weighed<In>([=, up = a.up](int64_t j) { return Term<In, A>{x - j * step, taps[j * up]}; }, h.count, n, y);
 }
 
-// Rows of y that meet the same taps and pixels as the row before (nearest neighbour) are copied.
-template <class T> FD_INLINE bool repeats(const Resample& a, const Hits* rows, int64_t row, bool started, int64_t bytes, T* y) {
-  if (!started || row == 0 || !(rows[row] == rows[row - 1])) return false;
-  std::memcpy(static_cast<void*>(y), y - a.y.h, bytes);
-  return true;
-}
-
 // ---- channels-last: every pixel is a run of channels
 
 // One pixel from up to four of x, where that is all there are: no row in between is worth its memory traffic.
@@ -108,7 +101,6 @@ template <class T> void rows_last(const Resample& a, const Tables& tables) {
       const int64_t n = task / a.out_h, row = task % a.out_h;
       const Hits v = tables.rows[row];
       T* y = a.y.at<T>(n, 0, row);
-      if (repeats(a, tables.rows, row, task > begin, a.out_w * a.c * sizeof(T), y)) continue;
       const T* x = a.x.at<const T>(n, 0, v.index);
       if (directly) {
         for (int64_t o = 0; o < a.out_w; ++o) {
@@ -146,6 +138,14 @@ template <bool zip, class V> FD_INLINE V pick(V a, V b, int start) {
 #else
   return __builtin_shuffle(a, b, lane);
 #endif
+}
+
+// A row of y that meets the same taps and pixels as the row before (nearest neighbour) is copied. Not channels-last, where
+// copying from y instead of from x is 1.3 times slower.
+template <class T> FD_INLINE bool repeats(const Resample& a, const Hits* rows, int64_t row, bool started, int64_t bytes, T* y) {
+  if (!started || row == 0 || !(rows[row] == rows[row - 1])) return false;
+  std::memcpy(static_cast<void*>(y), y - a.y.h, bytes);
+  return true;
 }
 
 constexpr int64_t kMargin = 64;  // zeros on either side of a row, so that no result is at an edge

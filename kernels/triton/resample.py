@@ -13,20 +13,22 @@ from fastdiff.ops._layout import image
 from fastdiff.ops.resample import reference
 
 TILE = 2048  # elements of y a program
-UNROLLED = 4  # taps an element up to which the loops over them are unrolled
+UNROLLED = 4  # taps an element up to which the loop along a row is unrolled
 
 
 @triton.jit
 def _weight(taps, tap, j, UP: tl.constexpr, COUNT: tl.constexpr):
     """taps[tap + j UP], 0 past the last; a scalar or one of two where that is all there is."""
     if UP == 1:
-        return tl.load(taps + j).to(tl.float32)
-    if UP == 2:
+        weight = tl.load(taps + j).to(tl.float32)
+    elif UP == 2:
         even = tl.load(taps + 2 * j).to(tl.float32)
         odd = tl.load(taps + 2 * j + 1, mask=2 * j + 1 < COUNT, other=0.0).to(tl.float32)
-        return tl.where(tap == 0, even, odd)
-    k = tap + j * UP
-    return tl.load(taps + k, mask=k < COUNT, other=0.0).to(tl.float32)
+        weight = tl.where(tap == 0, even, odd)
+    else:
+        k = tap + j * UP
+        weight = tl.load(taps + k, mask=k < COUNT, other=0.0).to(tl.float32)
+    return weight
 
 
 @triton.jit
@@ -78,7 +80,7 @@ def _pixel(
     row = plane + first_y.to(tl.int64) * x_h
     inside = known & (first_y >= 0) & (first_y < h)
     total = _weight(taps, tap_y, 0, UP, COUNT) * _line(x, taps, first_x, tap_x, row, inside, w, x_w, UP, COUNT, UNROLLED)
-    if HITS <= UNROLLED:
+    if HITS <= 2:  # more rows at once would not fit in registers
         for j in tl.static_range(1, HITS):
             row -= x_h
             inside = known & (first_y >= j) & (first_y < h + j)
@@ -188,8 +190,8 @@ def resample(x, taps, up, down, p0, height, width):
         block_c = min(triton.next_power_of_2(c), 64)
         block_p = min(triton.next_power_of_2(pixels), TILE // block_c)
     else:
-        block_p = min(triton.next_power_of_2(pixels), TILE)
-        block_c = min(triton.next_power_of_2(c), TILE // block_p)
+        block_p = min(triton.next_power_of_2(pixels), TILE // 2)  # its narrow loads hold more registers
+        block_c = min(triton.next_power_of_2(c), TILE // 2 // block_p)
     start = taps.shape[0] - 1 - p0
     skipped = max(0, -(start // up))
     tiles_c, tiles_p = triton.cdiv(c, block_c), triton.cdiv(pixels, block_p)
@@ -198,6 +200,6 @@ def resample(x, taps, up, down, p0, height, width):
     (_resample_last if last else _resample_rows)[(n * tiles_c * tiles_p,)](
         x, taps.contiguous(), y, c, pixels, width, tiles_c, tiles_p, start + up * skipped, skipped, h, w, *x.stride(),
         UP=up, DOWN=down, COUNT=taps.shape[0], UNROLLED=UNROLLED, WIDE=wide, BLOCK_C=block_c, BLOCK_P=block_p,
-        num_warps=min(4, max(1, block_c * block_p // 256)),
+        num_warps=min(4, max(1, block_c * block_p // 256)), enable_fp_fusion=True,
     )  # fmt: skip
     return y
