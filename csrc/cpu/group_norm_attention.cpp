@@ -182,15 +182,20 @@ template <class Op> void attend(const GroupNormAttention& a, const Sample<Op>& m
         store(scores + (key + i) * lanes + j * N, score);
       }
   }
-  for (int64_t key = 0; key < m.s; key += Op::step)
-    for (int j = 0; j < kVectors; ++j) {
-      const auto* at = scores + key * lanes + j * N;
-      const V first = exponential(load(at) - top[j]);
-      V second = V{};
-      if (Op::step == 2 && key + 1 < m.s) second = exponential(load(at + lanes) - top[j]);
-      total[j] += first + second;
-      store(scores + key / Op::step * lanes + j * N, Op::word(first, second));
-    }
+  for (int64_t run = 0; run < m.s; run += kRun) {
+    const int64_t last = run + kRun < m.s ? run + kRun : m.s;
+    V part[kVectors] = {};
+    for (int64_t key = run; key < last; key += Op::step)
+      for (int j = 0; j < kVectors; ++j) {
+        const auto* at = scores + key * lanes + j * N;
+        const V first = exponential(load(at) - top[j]);
+        V second = V{};
+        if (Op::step == 2 && key + 1 < m.s) second = exponential(load(at + lanes) - top[j]);
+        part[j] += first + second;
+        store(scores + key / Op::step * lanes + j * N, Op::word(first, second));
+      }
+    for (int j = 0; j < kVectors; ++j) total[j] += part[j];
+  }
   for (int j = 0; j < kVectors; ++j) total[j] = 1 / total[j];
   for (int64_t f = 0; f < a.d; f += kTileRows) {
     const int rows = at_most(a.d - f, kTileRows);

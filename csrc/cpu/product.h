@@ -1,8 +1,8 @@
 // Matrix products of panels: lanes are pixels. Include inside a kernel file, after simd.h.
 //
 // A panel holds `words` rows of kLanes pixels; a word is one number, or two neighbouring bfloat16 of the summed dimension.
-// The other operand's words are broadcast, one row of the result each. Sums run over the whole dimension in its order, so a
-// result depends on nothing but its own row and pixel.
+// The other operand's words are broadcast, one row of the result each. The order of a sum depends on its length alone,
+// so a result depends on nothing but its own row and pixel.
 
 #if FASTDIFF_LEVEL >= 2
 constexpr int kTileRows = 8;  // 16 sums in 32 registers: enough to hide the latency, and rows need not be packed
@@ -12,6 +12,7 @@ constexpr int kTileRows = 6;  // 12 sums in 16 registers
 constexpr int kTileRows = 4;
 #endif
 constexpr int kVectors = 2;
+constexpr int64_t kRun = 128;  // words summed one after the other: rounding grows with a run's length, then with their number
 
 template <class A> struct Plain {
   typedef A Stored;
@@ -55,14 +56,20 @@ template <class Op> struct Tile {
       row[i] = packed ? a + i * Op::step : a + (i < rows ? i : rows - 1) * stride;
       for (int j = 0; j < kVectors; ++j) sum[i][j] = V{};
     }
-    for (int64_t k = 0; k < words; ++k) {
-      V b[kVectors];
-      for (int j = 0; j < kVectors; ++j) b[j] = load(panel + k * kLanes<Op> + j * N);
-      for (int i = 0; i < kTileRows; ++i) {
-        Word w;
-        __builtin_memcpy(&w, (packed ? a + (k * kTileRows + i) * Op::step : row[i] + k * Op::step), sizeof w);
-        for (int j = 0; j < kVectors; ++j) sum[i][j] = Op::multiply_add(w, b[j], sum[i][j]);
+    for (int64_t first = 0; first < words; first += kRun) {
+      const int64_t last = first + kRun < words ? first + kRun : words;
+      V run[kTileRows][kVectors] = {};
+      for (int64_t k = first; k < last; ++k) {
+        V b[kVectors];
+        for (int j = 0; j < kVectors; ++j) b[j] = load(panel + k * kLanes<Op> + j * N);
+        for (int i = 0; i < kTileRows; ++i) {
+          Word w;
+          __builtin_memcpy(&w, (packed ? a + (k * kTileRows + i) * Op::step : row[i] + k * Op::step), sizeof w);
+          for (int j = 0; j < kVectors; ++j) run[i][j] = Op::multiply_add(w, b[j], run[i][j]);
+        }
       }
+      for (int i = 0; i < kTileRows; ++i)
+        for (int j = 0; j < kVectors; ++j) sum[i][j] += run[i][j];
     }
   }
 

@@ -9,14 +9,14 @@ from kernel_checks import DTYPES, LAYOUTS, check, lay
 from fastdiff.ops.group_norm_attention import reference
 
 # (x's shape, E, heads, groups): whole tiles; 7 x 7 pixels in 4 heads; one pixel; odd channels, heads of 5 and E unlike C;
-# several tiles of queries, keys and features; a head wider than one program sums (two chunks of q, two programs for v).
+# several tiles of queries, keys and features; a head wider than one program sums (chunks of q, programs for v).
 CASES = (
     ((2, 32, 8, 8), 32, 1, 8),
     ((2, 32, 7, 7), 64, 4, 8),
     ((3, 24, 1, 1), 24, 2, 6),
     ((2, 6, 3, 21), 15, 3, 2),
-    ((1, 40, 12, 11), 136, 2, 4),
-    ((1, 32, 5, 4), 320, 1, 8),
+    ((1, 40, 9, 8), 72, 2, 4),
+    ((1, 16, 4, 3), 264, 1, 8),
 )
 
 
@@ -56,9 +56,16 @@ def rounded(args):
     return (x + torch.nn.functional.linear(a, out, biases[1]).mT.reshape(x.shape)) * out_scale
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("case", CASES, ids=str)
+def grid():
+    """All layouts and types on the small cases; the large ones, slow in the interpreter, in the networks' layouts."""
+    for i, case in enumerate(CASES):
+        for layout in LAYOUTS:
+            for dtype in DTYPES:
+                if i < 4 or (layout, dtype) in (("contiguous", torch.float32), ("channels_last", torch.bfloat16)):
+                    yield pytest.param(case, layout, dtype, id=f"{case}-{layout}-{dtype}")
+
+
+@pytest.mark.parametrize(("case", "layout", "dtype"), grid())
 def test_forward(launch, device, case, layout, dtype):
     args = arguments(*case, layout, dtype)
     y, stats = launch(*to(args, device))
