@@ -87,6 +87,11 @@ def device() -> str:
 
 
 @pytest.fixture(scope="session")
+def timed():
+    return medians
+
+
+@pytest.fixture(scope="session")
 def missing():
     """missing("diffusers") -> the reason to skip that peer, or None."""
 

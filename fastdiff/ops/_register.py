@@ -16,6 +16,7 @@ from torch.autograd import Function
 NAMESPACE = "fastdiff"
 _LIBRARY = torch.library.Library(NAMESPACE, "DEF")
 _OPS: dict[str, str] = {}  # op -> schema, in the order of definition
+_DEFAULTS: dict[str, Callable] = {}  # op -> what serves it where nothing better does
 
 # Set by load_native(): why there is no native CPU code, or None when it is loaded.
 native_error: str | None = "not loaded yet"
@@ -24,7 +25,8 @@ native_error: str | None = "not loaded yet"
 triton_error: str | None = "not loaded yet"
 KERNELS = "fastdiff.kernels"
 _TRITON: set[str] = set()  # the ops that Triton serves
-_COMPOSED: set[str] = set()  # the ops made of other ops and library calls on every device
+_COMPOSED: dict[str, Callable] = {}  # ops made of other ops where they have no kernel of their own
+_COMPOSED_FOR: set[tuple[str, str]] = set()  # (op, dispatch key) where that serves
 
 
 def strict() -> bool:
@@ -55,18 +57,12 @@ def define(name: str, schema: str, reference: Callable, fake: Callable) -> None:
     _LIBRARY.impl(name, default, "CompositeExplicitAutograd")
     torch.library.register_fake(f"{NAMESPACE}::{name}", checked_fake, lib=_LIBRARY)
     _OPS[name] = schema
+    _DEFAULTS[name] = default
 
 
 def implement(name: str, fn: Callable, key: str) -> None:
     """Register `fn` as the implementation of `fastdiff::name` under the dispatch key `key` ("CUDA", ...)."""
     _LIBRARY.impl(name, fn, key)
-
-
-def compose(name: str, fn: Callable) -> None:
-    """Serve `fastdiff::name` by `fn`, made of other ops and PyTorch's own, on CPUs and GPUs: no kernel is to be missed."""
-    _COMPOSED.add(name)
-    for key in ("CPU", "CUDA"):
-        implement(name, fn, key)
 
 
 def overload(name: str):
@@ -95,7 +91,7 @@ def differentiable(name: str, save: Callable, backward: Callable, jvp: Callable)
 
     def run_jvp(ctx, *tangents):
         tangent = jvp(ctx.saved_tensors, ctx.rest, *tangents)
-        return (tangent, None) if ctx.rest["outputs"] == 2 else tangent
+        return (tangent, *[None] * (ctx.rest["outputs"] - 1)) if ctx.rest["outputs"] > 1 else tangent
 
     class Below(Function):
         @staticmethod
@@ -144,7 +140,8 @@ def load_native() -> None:
 def load_triton() -> None:
     """Register the Triton kernels for CUDA tensors; they, and Triton, are imported at the first CUDA call.
 
-    After load_native(): an op that the extension serves on CUDA keeps that kernel, so that each op has one.
+    After load_native(): an op that the extension serves on CUDA keeps that kernel, so that each op has one. That kernel
+    finds the Triton one as `fastdiff::<name>_triton` for the cases it does not take.
     """
     global triton_error
     if importlib.util.find_spec("triton") is None:
@@ -153,10 +150,31 @@ def load_triton() -> None:
         triton_error = f"{KERNELS} is not installed; install the package (pip install -e .) rather than put it on the path"
     else:
         triton_error = None
-        for name in _OPS:
-            if not _has_kernel(name, "CUDA") and importlib.util.find_spec(f"{KERNELS}.{name}"):
-                implement(name, _lazily(name), "CUDA")
-                _TRITON.add(name)
+    for name in _OPS:
+        launcher = _lazily(name) if triton_error is None and importlib.util.find_spec(f"{KERNELS}.{name}") else None
+        if _has_kernel(name, "CUDA"):
+            _LIBRARY.define(f"{name}_triton{_OPS[name]}")
+            implement(f"{name}_triton", launcher or _DEFAULTS[name], "CUDA")
+        elif launcher:
+            implement(name, launcher, "CUDA")
+            _TRITON.add(name)
+
+
+def compose(name: str, fn: Callable) -> None:
+    """Let `fn`, which calls ops that have kernels, serve `fastdiff::name` on CPU and CUDA until it has kernels itself.
+
+    FASTDIFF_STRICT=1 allows that: nothing slow stands in, or the op that `fn` calls raises.
+    """
+    _COMPOSED[name] = fn
+
+
+def load_composed() -> None:
+    """Register what `compose` was given where nothing better is; the last of the three loads."""
+    for name, fn in _COMPOSED.items():
+        for key in ("CPU", "CUDA"):
+            if not _has_kernel(name, key):
+                implement(name, fn, key)
+                _COMPOSED_FOR.add((name, key))
 
 
 def _lazily(name: str) -> Callable:
@@ -173,11 +191,12 @@ def _has_kernel(name: str, key: str) -> bool:
 
 
 def serving(name: str, device: str) -> str:
-    """What serves `fastdiff::name` for tensors on "cpu" or "cuda": "c++", "cuda", "triton", "composed" or "reference"."""
-    if name in _COMPOSED:
-        return "composed"
-    if not _has_kernel(name, {"cpu": "CPU", "cuda": "CUDA"}[device]):
+    """What serves `fastdiff::name` on "cpu" or "cuda": "c++", "cuda", "triton", "composed" or "reference"."""
+    key = {"cpu": "CPU", "cuda": "CUDA"}[device]
+    if not _has_kernel(name, key):
         return "reference"
+    if (name, key) in _COMPOSED_FOR:
+        return "composed"
     if device == "cpu":
         return "c++"
     return "triton" if name in _TRITON else "cuda"

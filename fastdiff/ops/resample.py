@@ -13,15 +13,9 @@ import torch
 from torch.autograd import forward_ad
 
 from fastdiff.ops import _register
+from fastdiff.ops._layout import image
 
 LIMIT = 2**16  # of up, down and the number of taps; keeps index arithmetic far from 2^63
-
-
-def _empty(x, height, width):
-    """[N, C, height, width] in x's dtype: channels-last where x's channels are neighbours in memory."""
-    last = x.stride(1) == 1 and x.stride(3) != 1
-    form = torch.channels_last if last else torch.contiguous_format
-    return torch.empty((*x.shape[:2], height, width), dtype=x.dtype, device=x.device, memory_format=form)
 
 
 def _axis(x, taps, up, down, p0, size, dim):
@@ -41,11 +35,11 @@ def reference(x, taps, up, down, p0, height, width):
     working = torch.float64 if x.dtype == torch.float64 else torch.float32
     v, taps = x.to(working), taps.to(working)
     v = _axis(v, taps, up, down, p0, height, 2)
-    return _empty(x, height, width).copy_(_axis(v, taps, up, down, p0, width, 3))
+    return image(x, x.shape[1], height, width).copy_(_axis(v, taps, up, down, p0, width, 3))
 
 
 def _fake(x, taps, up, down, p0, height, width):
-    return _empty(x, height, width)
+    return image(x, x.shape[1], height, width)
 
 
 # The sizes of the result stand for p1, which is another one on each axis of the derivative.
