@@ -47,9 +47,16 @@ def define(name: str, schema: str, reference: Callable, fake: Callable) -> None:
             )
         return reference(*args, **kwargs)
 
+    def checked_fake(*args, **kwargs):
+        # One meta tensor among real ones is dispatched here too, and the others' results would be unwritten memory.
+        devices = {str(a.device) for a in (*args, *kwargs.values()) if isinstance(a, torch.Tensor)}
+        if len(devices) > 1:
+            raise ValueError(f"{name}: its tensors are on several devices, {', '.join(sorted(devices))}; move them to one")
+        return fake(*args, **kwargs)
+
     _LIBRARY.define(name + schema)
     _LIBRARY.impl(name, default, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_LIBRARY)
+    torch.library.register_fake(f"{NAMESPACE}::{name}", checked_fake, lib=_LIBRARY)
     _OPS[name] = schema
     _DEFAULTS[name] = default
 

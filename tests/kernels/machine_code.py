@@ -6,8 +6,7 @@ import shutil
 import subprocess
 from pathlib import Path
 
-WIDE = {"loads": "LDG.E.128", "stores": "STG.E.128"}
-GLOBAL = {"loads": "LDG", "stores": "STG"}
+ACCESSES = {"loads": ("LDG", "LDGSTS"), "stores": ("STG",)}  # of global memory; LDGSTS copies on to shared memory
 
 
 def cuobjdump() -> str | None:
@@ -60,20 +59,25 @@ def contractions(sass: list[str]) -> int:
     return fused - (2 * (roots - 1) + 3 if roots else 0)
 
 
-def main_loops(sass: list[str]) -> list[str]:
-    """The opcodes inside loops that touch global memory; of the whole kernel where there is no such loop."""
+def main_loops(sass: list[str], word: str) -> list[str]:
+    """The "loads" or "stores" of global memory inside loops; all of the kernel's where no loop has any."""
     inside = set()
     for line in sass:
         at = int(line.split()[0], 16)
         if (found := re.search(r"\bBRA(?:\.\S+)? .*?0x([0-9a-f]+)$", line)) and (to := int(found[1], 16)) < at:
             inside.update(range(to, at + 1))
-    hot = operations([line for line in sass if int(line.split()[0], 16) in inside])
-    return hot if any(op.startswith(("LDG", "STG")) for op in hot) else operations(sass)
+    everywhere, looped = [], []
+    for line, op in zip(sass, operations(sass), strict=True):
+        if op.split(".")[0] in ACCESSES[word]:
+            everywhere.append(op)
+            if int(line.split()[0], 16) in inside:
+                looped.append(op)
+    return looped or everywhere
 
 
 def is_wide(sass: list[str], word: str) -> bool:
     """Whether the main loops' "loads" or "stores" of global memory include 128-bit ones."""
-    return any(op.startswith(WIDE[word]) for op in main_loops(sass))
+    return any("128" in op.split(".") for op in main_loops(sass, word))
 
 
 def makes_noise(sass: list[str]) -> bool:

@@ -43,7 +43,7 @@ def test_no_spills(facts):
 def test_wide_accesses(source, facts):
     narrow = declared("NARROW").get(source.stem, {})
     for f in facts:
-        for word in machine_code.WIDE:
+        for word in machine_code.ACCESSES:
             if f"{f['kernel']} {word}" not in narrow:
                 assert machine_code.is_wide(f["sass"], word), (where(f), word)
 
