@@ -5,6 +5,7 @@ since every one of them is linear in (x0, n).
 """
 
 import dataclasses
+from typing import Any
 
 import numpy as np
 import torch
@@ -126,13 +127,14 @@ class DeviceCoefficients:
             raise ValueError(f"schedule: {type(schedule).__name__} is not computed on the device; use one of {known}")
         law, fields = LAWS[type(schedule)]
         consistency = prediction.kind == "consistency"
-        target = Target.EDM if consistency else Target[prediction.kind.upper()]
-        self.positional = (law, target, *(float(getattr(schedule, field)) for field in fields))
-        self.named = {
+        self.arguments: dict[str, Any] = {
+            "law": law,
+            "target": Target.EDM if consistency else Target[prediction.kind.upper()],
             "sigma_data": prediction.sigma_data,
             "shift": float(schedule.ratio(schedule.t_min)) if consistency else 0.0,
             "time_scale": prediction.time_scale,
             "raw": prediction.raw,
+            **{name: getattr(schedule, field) for name, field in zip(("p0", "p1"), fields, strict=False)},
         }
         self.table: Tensor | None = None
         if isinstance(schedule, DDPM):
@@ -143,7 +145,7 @@ class DeviceCoefficients:
         if self.table is not None and self.table.device != t.device:
             with torch.inference_mode(False):
                 self.table = self.table.to(t.device)
-        return ops.schedule_coefficients(t, *self.positional, table=self.table, dtype=dtype, **self.named)
+        return ops.schedule_coefficients(t, table=self.table, dtype=dtype, **self.arguments)
 
 
 class Denoiser:

@@ -96,13 +96,13 @@ def embedding(
     Args:
         t: [B] times, any floating dtype; integers (step indices) are taken as numbers of freqs' dtype.
         freqs: [H], any floating dtype, radians per unit of t; `frequencies` makes the usual ones.
-        sin_first: sines then cosines (DDPM, score SDE, EDM's SongUNet); False: cosines then sines (ADM, EDM's DhariwalUNet,
-            diffusers with flip_sin_to_cos).
+        sin_first: sines then cosines (DDPM, score SDE, EDM's SongUNet); False: cosines then sines (ADM, EDM's
+            DhariwalUNet, diffusers with flip_sin_to_cos).
         scale: on every angle: 2 pi for Fourier features.
         dtype: of the result; t's by default.
 
-    Returns: [B, 2 H]. Differentiable in t and freqs, forward and reverse, any number of times. Where t and freqs are at most
-    float32, values are right to float32's rounding for |angle| <= 1e8; on GPUs the error grows beyond that, as |angle| 2^-52.
+    Returns: [B, 2 H]. Differentiable in t and freqs, forward and reverse, any number of times. Where t and freqs are at
+    most float32, values are right to float32's rounding for |angle| <= 1e8; on GPUs the error grows beyond, as |angle| 2^-52.
 
     Raises: TypeError, ValueError naming the argument.
 

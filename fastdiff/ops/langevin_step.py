@@ -18,7 +18,6 @@ import torch
 
 from fastdiff.ops import _register
 from fastdiff.ops.denoise_step import _draws, _sample_rows
-from fastdiff.ops.philox_normal import Domain
 
 
 class L(enum.IntEnum):

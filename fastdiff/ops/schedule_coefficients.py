@@ -211,19 +211,19 @@ def schedule_coefficients(
     """
     if t.is_complex() or t.dtype == torch.bool:
         raise TypeError(f"t: expected real numbers, got {t.dtype}; convert it to float64")
-    law, target = _code("law", law, Law), _code("target", target, Target)
-    if (table is not None) != (law == Law.TABLE):
-        raise ValueError(f"table: law {law.name} takes {'one' if law == Law.TABLE else 'none'}; pass it for TABLE alone")
+    path, goal = _code("law", law, Law), _code("target", target, Target)
+    if (table is not None) != (path == Law.TABLE):
+        raise ValueError(f"table: law {path.name} takes {'one' if path == Law.TABLE else 'none'}; pass it for TABLE alone")
     if table is not None:
         _check_table(table, t)
-    if target == Target.FLOW and law != Law.FLOW:
-        raise ValueError(f"target: FLOW is n - x0 on the path of law FLOW, not of {law.name}; use V")
+    if goal == Target.FLOW and path != Law.FLOW:
+        raise ValueError(f"target: FLOW is n - x0 on the path of law FLOW, not of {path.name}; use V")
     t = t if t.is_floating_point() else t.double()
     dtype = (torch.float64 if t.dtype == torch.float64 else torch.float32) if dtype is None else dtype
     if dtype not in (torch.float32, torch.float64):
         raise TypeError(f"dtype: {dtype} would lose what is computed in float64; use torch.float32 or torch.float64")
     numbers = (float(v) for v in (p0, p1, sigma_data, shift, time_scale))
-    return _call(t, table, int(law), int(target), *numbers, bool(raw), False, dtype)
+    return _call(t, table, int(path), int(goal), *numbers, bool(raw), False, dtype)
 
 
 def _code(name, value, kind):

@@ -51,6 +51,7 @@ def embedding(t, freqs, scale, sin_first, dtype):
     with torch.cuda.device_of(t):
         _embedding[(t.shape[0] * tiles,)](
             t.contiguous(), freqs.contiguous(), out, size, tiles,
-            0 if sin_first else size, size if sin_first else 0, scale * 2 / math.pi, BLOCK, enable_fp_fusion=False,
+            0 if sin_first else size, size if sin_first else 0, scale * 2 / math.pi, BLOCK,
+            num_warps=1, enable_fp_fusion=False,
         )  # fmt: skip
     return out

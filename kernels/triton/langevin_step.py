@@ -1,4 +1,4 @@
-"""langevin_step in Triton: partial sums of squares, then the step, which folds them; noise is made in both, stored in none."""
+"""langevin_step in Triton: partial sums of squares, then the step, which folds them; both make the noise, none stores it."""
 
 import torch
 import triton
@@ -182,7 +182,20 @@ def langevin_step(x, F, net_in, mean, seeds, coefficients, draws, row, norms):
     with torch.cuda.device_of(x):
         if norms != Norms.GIVEN:
             _sums[(batch * chunks,)](
-                x, F, *tables, row_b, parts, channels, pixels, tiles_c, tiles, per, chunks, *strides[0], *strides[1], **blocks
+                x,
+                F,
+                *tables,
+                row_b,
+                parts,
+                channels,
+                pixels,
+                tiles_c,
+                tiles,
+                per,
+                chunks,
+                *strides[0],
+                *strides[1],
+                **blocks,
             )
         if norms == Norms.BATCH:
             _mean_ratio[(1,)](parts, ratio, batch, chunks, BLOCK=32, PARTS=PARTS, enable_fp_fusion=False)

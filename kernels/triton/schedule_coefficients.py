@@ -145,7 +145,8 @@ def _schedule_coefficients(
     if RAW:
         c_in = one * 0.0 if SLOPES else one
         c_noise = one if SLOPES else now
-    to, dtype = out + i * COLUMNS, out.dtype.element_ty
+    to = out + i * COLUMNS
+    dtype: tl.constexpr = out.dtype.element_ty
     tl.store(to, alpha.to(dtype), mask=known)
     tl.store(to + 1, sigma.to(dtype), mask=known)
     tl.store(to + 2, log_snr.to(dtype), mask=known)
@@ -165,5 +166,6 @@ def schedule_coefficients(t, table, law, target, p0, p1, sigma_data, shift, time
         _schedule_coefficients[(triton.cdiv(t.numel(), BLOCK),)](
             t.contiguous(), t if table is None else table.contiguous(), out, t.numel(), last,
             law, target, p0, p1, sigma_data, shift, time_scale, raw, slopes, BLOCK, num_warps=2,
+            enable_fp_fusion=True,
         )  # fmt: skip
     return out

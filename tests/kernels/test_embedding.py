@@ -46,7 +46,10 @@ def test_types_and_strides(launch, device, of_t, dtype):
 def test_angles_of_every_size(launch, device):
     t = torch.tensor([0.0, -0.0, 1e-30, -1e-6, 0.785398, 1e3, -1e5, 1e8])
     f = torch.tensor([1.0, 0.3, -1.0, 0.7])
-    got, truth = launch(t.to(device), f.to(device), 1.0, True, torch.float32).cpu(), reference(t, f, 1.0, True, torch.float64)
+    got, truth = (
+        launch(t.to(device), f.to(device), 1.0, True, torch.float32).cpu(),
+        reference(t, f, 1.0, True, torch.float64),
+    )
     assert (got - truth).abs().max() <= FLOAT32
     far = launch(torch.tensor([1e12, -1e20, 3e38]).to(device), f.to(device), 1.0, True, torch.float32).cpu()
     assert far.abs().max() <= 1 + FLOAT32, "beyond float64's digits it still is a sine of something"

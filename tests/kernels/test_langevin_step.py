@@ -7,7 +7,7 @@ import torch
 from kernel_checks import LAYOUTS, check, lay
 
 from fastdiff.ops import seed_tensor
-from fastdiff.ops.langevin_step import L, Norms, reference
+from fastdiff.ops.langevin_step import Norms, reference
 from fastdiff.ops.philox_normal import Domain, normal_float32
 
 SEEDS = (0, 2**64 - 1, 5)
@@ -105,7 +105,10 @@ def test_noise_bits(launch, device, layout):
     x, F, net_in, mean = (t.to(device) for t in inputs((3, 32, 12, 20), layout, layout, torch.float32))
     x.zero_()
     coefficients = torch.tensor([[0.0, 0.0, 0.5, 1.0, 0.0]], device=device)
-    draws, row = torch.tensor([2**31 - 1], dtype=torch.int32, device=device), torch.zeros(1, dtype=torch.int64, device=device)
+    draws, row = (
+        torch.tensor([2**31 - 1], dtype=torch.int32, device=device),
+        torch.zeros(1, dtype=torch.int64, device=device),
+    )
     launch(x, F, net_in, mean, seed_tensor(SEEDS, device), coefficients, draws, row, int(Norms.GIVEN))
     assert torch.equal(x.cpu(), normal_float32(seed_tensor(SEEDS), 2**31 - 1, Domain.STEP, x.shape[1:]))
     assert torch.equal(net_in, x) and not mean.any()

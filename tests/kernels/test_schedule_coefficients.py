@@ -32,7 +32,7 @@ def compare(got, want):
 @pytest.mark.parametrize("law, target", list(itertools.product(Law, Target)), ids=lambda v: v.name)
 def test_values(launch, device, law, target):
     t = times(law)
-    table = -torch.linspace(0.01, 3, 100, dtype=torch.float64) ** 2 if law == Law.TABLE else None
+    table = -(torch.linspace(0.01, 3, 100, dtype=torch.float64) ** 2) if law == Law.TABLE else None
     for raw, slopes in ((False, False), (False, True), (True, target == Target.EDM)):
         rest = (int(law), int(target), 0.5, 20.0, 0.4, 0.0, 999.0, raw, slopes, torch.float64)
         compare(launch(t.to(device), None if table is None else table.to(device), *rest), reference(t, table, *rest))

@@ -211,7 +211,10 @@ def test_bad_frequencies(wrong):
 @settings(max_examples=40, deadline=None)
 def test_any_shape_stride_and_type(shape, step, types, scale, sin_first):
     batch, count = shape
-    t, f = torch.linspace(-500, 500, batch * step)[::step].to(types[0]), torch.linspace(-1, 1, count * step)[::step].to(types[1])
+    t, f = (
+        torch.linspace(-500, 500, batch * step)[::step].to(types[0]),
+        torch.linspace(-1, 1, count * step)[::step].to(types[1]),
+    )
     got = torch.ops.fastdiff.embedding(t, f, scale, sin_first, types[2])
     truth = module.reference(t, f, scale, sin_first, torch.float64)
     assert got.shape == (len(t), 2 * len(f)) and got.dtype == types[2]

@@ -87,7 +87,9 @@ def compare(arguments, norms, accurate, row=(0,), dtype=torch.float32):
 
 
 @pytest.mark.parametrize("norms", list(Norms), ids=lambda n: n.name)
-@pytest.mark.parametrize("channels_last", ["", "F net_in", "x F net_in mean", "mean"], ids=lambda s: s.replace(" ", "+") or "none")
+@pytest.mark.parametrize(
+    "channels_last", ["", "F net_in", "x F net_in mean", "mean"], ids=lambda s: s.replace(" ", "+") or "none"
+)
 def test_values(isa, norms, channels_last, accurate):
     # One tile; several, whole and not; samples that are no whole number of blocks; more channels than a tile has room for.
     for shape in [(2, 3, 16, 16), (3, 3, 40, 40), (2, 3, 7, 5), (2, 1, 5, 5), (1, 130, 9, 5)]:

@@ -139,7 +139,9 @@ def test_tangents_agree_everywhere():
     torch.testing.assert_close(functorch, difference, rtol=1e-7, atol=1e-7)
     torch.testing.assert_close(forward_ad(t, tangent), functorch, rtol=0, atol=0)
     torch.testing.assert_close(torch.compile(forward_ad, fullgraph=True)(t, tangent), functorch, rtol=1e-14, atol=0)
-    torch.testing.assert_close(torch.func.grad(lambda t: call(t)[:, 1].sum())(t), torch.func.jvp(call, (t,), (0 * t + 1,))[1][:, 1])
+    torch.testing.assert_close(
+        torch.func.grad(lambda t: call(t)[:, 1].sum())(t), torch.func.jvp(call, (t,), (0 * t + 1,))[1][:, 1]
+    )
 
 
 def test_second_derivatives_are_refused():
@@ -243,7 +245,7 @@ def test_the_dispatcher_refuses_bad_codes(wrong):
     args = [torch.zeros(2), torch.zeros(3).double(), int(Law.TABLE), 0, 0.0, 0.0, 0.5, 0.0, 1.0, False, False, torch.float32]
     for i, value in wrong.items():
         args[i] = value
-    with pytest.raises(RuntimeError, match="law: |target: |table: |dtype: "):
+    with pytest.raises(RuntimeError, match=r"law: |target: |table: |dtype: "):
         torch.ops.fastdiff.schedule_coefficients(*args)
 
 
