@@ -5,6 +5,7 @@ since every one of them is linear in (x0, n).
 """
 
 import dataclasses
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,9 +13,21 @@ from numpy.typing import ArrayLike
 from torch import Tensor
 
 from fastdiff import ops
-from fastdiff.schedules import EDM, Schedule
+from fastdiff.ops.schedule_coefficients import Column, Law, Target
+from fastdiff.schedules import DDPM, EDM, VE, VP, Flow, Schedule, SubVP, TrigFlow
 
 KINDS = ("eps", "x0", "v", "score", "flow", "edm", "consistency")
+
+# Schedule -> its law in ops.schedule_coefficients and the fields that are the law's p0 and p1.
+LAWS: dict[type[Schedule], tuple[Law, tuple[str, ...]]] = {
+    EDM: (Law.VE, ()),
+    VE: (Law.VE, ()),
+    VP: (Law.VP, ("beta_0", "beta_1")),
+    SubVP: (Law.SUB_VP, ("beta_0", "beta_1")),
+    DDPM: (Law.TABLE, ()),
+    Flow: (Law.FLOW, ()),
+    TrigFlow: (Law.TRIG, ("sigma_data",)),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,24 +114,63 @@ class Prediction:
         return (1 - c.c_skip * schedule.alpha(t)) / c.c_out, -c.c_skip * schedule.sigma(t) / c.c_out
 
 
+class DeviceCoefficients:
+    """Times [...] -> alpha, sigma, log SNR, c_skip, c_out, c_in, c_noise, [..., 7] on t's device; differentiable in t.
+
+    The same numbers as `Prediction.coefficients`, without leaving the device: see `ops.schedule_coefficients`. Where alpha
+    is 0 nothing is raised, and what divides by it is infinite.
+    """
+
+    def __init__(self, schedule: Schedule, prediction: Prediction):
+        if type(schedule) not in LAWS:
+            known = ", ".join(kind.__name__ for kind in LAWS)
+            raise ValueError(f"schedule: {type(schedule).__name__} is not computed on the device; use one of {known}")
+        law, fields = LAWS[type(schedule)]
+        consistency = prediction.kind == "consistency"
+        self.arguments: dict[str, Any] = {
+            "law": law,
+            "target": Target.EDM if consistency else Target[prediction.kind.upper()],
+            "sigma_data": prediction.sigma_data,
+            "shift": float(schedule.ratio(schedule.t_min)) if consistency else 0.0,
+            "time_scale": prediction.time_scale,
+            "raw": prediction.raw,
+            **{name: getattr(schedule, field) for name, field in zip(("p0", "p1"), fields, strict=False)},
+        }
+        self.table: Tensor | None = None
+        if isinstance(schedule, DDPM):
+            with torch.inference_mode(False):  # it outlives the mode that this is made in
+                self.table = torch.from_numpy(schedule.log_alpha2(np.arange(schedule.T)))
+
+    def __call__(self, t: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        if self.table is not None and self.table.device != t.device:
+            with torch.inference_mode(False):
+                self.table = self.table.to(t.device)
+        return ops.schedule_coefficients(t, table=self.table, dtype=dtype, **self.arguments)
+
+
 class Denoiser:
     """D(x, t): a network with its schedule and prediction. D is float32 whatever the network computes in."""
 
     def __init__(self, network, schedule: Schedule, prediction: Prediction):
         self.network, self.schedule, self.prediction = network, schedule, prediction
+        self.on_device = DeviceCoefficients(schedule, prediction)
 
     def coefficients(self, t: ArrayLike) -> Coefficients:
         return self.prediction.coefficients(self.schedule, t)
 
     def __call__(self, x: Tensor, t: Tensor | ArrayLike, labels: Tensor | None = None) -> Tensor:
-        """x [B, C, H, W], t [B] (host or tensor) -> D [B, C, H, W]."""
-        t = t.double().cpu().numpy() if isinstance(t, Tensor) else np.asarray(t, dtype=np.float64)
-        c = self.coefficients(np.broadcast_to(t, (x.shape[0],)))
-        table = torch.from_numpy(np.stack((c.c_skip, c.c_out, c.c_in, c.c_noise))).to(x.device, torch.float32)
-        c_skip, c_out, c_in, c_noise = table
-        spread = (-1, *[1] * (x.dim() - 1))
-        out = self.network(c_in.reshape(spread) * x, c_noise, *([] if labels is None else [labels]))
-        return c_skip.reshape(spread) * x + c_out.reshape(spread) * out.to(torch.float32)
+        """x [B, C, H, W], t [B] or one time for all -> D [B, C, H, W].
+
+        A tensor t is not read on the host, and D is differentiable in it.
+        """
+        if not isinstance(t, Tensor):
+            self.coefficients(t)  # refuses what has no D
+            t = torch.as_tensor(t, dtype=torch.float64)
+        t = t.to(x.device).expand(x.shape[0])
+        columns = self.on_device(t, torch.float32).t()
+        c_skip, c_out, c_in, c_noise = (c.reshape(-1, *[1] * (x.dim() - 1)) for c in columns[Column.SKIP :])
+        out = self.network(c_in * x, c_noise.flatten(), *([] if labels is None else [labels]))
+        return c_skip * x + c_out * out.to(torch.float32)
 
     def noise(self, x0: Tensor, seeds: Tensor, *times: np.ndarray, draw: int = 0) -> Tensor:
         """x_t for each of `times` [B], all with the same noise: [len(times), B, C, H, W], one fused op."""

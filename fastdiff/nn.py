@@ -183,23 +183,25 @@ class Upsample(nn.Module):
 
 
 class PositionalEmbedding(nn.Module):
-    """[B] -> [B, channels]: sines, then cosines, of c_noise times frequencies 10000^(-i/(half-1)) (Vaswani 2017, DDPM)."""
+    """[B] -> [B, channels]: sines and cosines of c_noise times `ops.frequencies` (Vaswani 2017, DDPM).
+
+    DDPM, score SDE, DDPM++: freq_shift 1, sines first. ADM: freq_shift 0, cosines first. diffusers: freq_shift, and
+    sin_first = not flip_sin_to_cos.
+    """
 
     frequencies: Tensor
 
-    def __init__(self, channels: int):
+    def __init__(self, channels: int, freq_shift: float = 1.0, sin_first: bool = True):
         super().__init__()
-        self.count = channels // 2
+        self.count, self.freq_shift, self.sin_first = channels // 2, freq_shift, sin_first
         self.reset()
 
     def reset(self) -> None:
         """Compute the frequencies, which no checkpoint holds."""
-        frequencies = 10000.0 ** (-torch.arange(self.count, dtype=torch.float64) / max(self.count - 1, 1))
-        self.register_buffer("frequencies", frequencies.float(), persistent=False)
+        self.register_buffer("frequencies", ops.frequencies(self.count, freq_shift=self.freq_shift), persistent=False)
 
     def forward(self, c_noise: Tensor) -> Tensor:
-        angle = torch.outer(c_noise, self.frequencies.to(c_noise.dtype))
-        return torch.cat((angle.sin(), angle.cos()), dim=1)
+        return ops.embedding(c_noise, self.frequencies, self.sin_first)
 
 
 class FourierEmbedding(nn.Module):
@@ -212,5 +214,4 @@ class FourierEmbedding(nn.Module):
         self.register_buffer("frequencies", torch.randn(channels // 2) * scale)
 
     def forward(self, c_noise: Tensor) -> Tensor:
-        angle = torch.outer(c_noise, 2 * math.pi * self.frequencies.to(c_noise.dtype))
-        return torch.cat((angle.sin(), angle.cos()), dim=1)
+        return ops.embedding(c_noise, self.frequencies, scale=2 * math.pi)

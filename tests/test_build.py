@@ -11,7 +11,15 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-OPS = ("philox_normal", "add_noise", "denoise_step", "group_norm_silu")
+OPS = (
+    "philox_normal",
+    "add_noise",
+    "denoise_step",
+    "group_norm_silu",
+    "schedule_coefficients",
+    "embedding",
+    "langevin_step",
+)
 
 
 def load(name):
