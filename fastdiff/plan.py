@@ -11,9 +11,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastdiff import ops
+from fastdiff import ops, stepwise
 from fastdiff.denoiser import Prediction
 from fastdiff.ops.denoise_step import HISTORY, C, K
+from fastdiff.ops.langevin_step import L, Norms, langevin_row
 from fastdiff.schedules import Schedule
 
 
@@ -39,6 +40,7 @@ class Row:
     save_d: int | None = None  # slot of the history
     save_clipped: bool = False
     estimate: str = "x0"
+    langevin: float | None = None  # this row is one `langevin_step` instead, 2 a snr^2 its step, with its noise's first draw
     learned: tuple[float, float] | None = None  # log variances for V = -1 and 1; the noise's first draw gets that deviation
 
     def __post_init__(self):
@@ -60,6 +62,7 @@ class Plan:
     schedule: Schedule
     prediction: Prediction
     prior_std: float
+    norms: Norms = Norms.SAMPLE  # whose norms set the steps of Langevin rows
 
     @property
     def nfe(self) -> int:
@@ -114,6 +117,21 @@ class Plan:
             codes[i, K.SAVE_D] = -1 if row.save_d is None else row.save_d
             codes[i, K.SAVE_CLIPPED] = row.save_clipped
         return table, codes
+
+    def langevin_tables(self) -> tuple[np.ndarray, np.ndarray]:
+        """Coefficients float64 [rows, len(L)] and draws int32 [rows] of the rows that are Langevin steps, 0 elsewhere."""
+        table, draws = np.zeros((len(self.rows), len(L))), np.zeros(len(self.rows), np.int32)
+        for i, row in enumerate(self.rows):
+            if row.langevin is None:
+                continue
+            c = self.prediction.coefficients(self.schedule, row.t)
+            alpha, sigma = float(self.schedule.alpha(row.t)), float(self.schedule.sigma(row.t))
+            following = self.rows[i + 1 : i + 2]
+            next_in = [float(self.prediction.coefficients(self.schedule, r.t).c_in) for r in following if r.evaluate]
+            step = (row.langevin, next_in[0] if next_in else 0.0, c.c_noise)
+            table[i] = langevin_row(float(c.c_skip), float(c.c_out), alpha, sigma, *step)
+            draws[i] = next(iter(row.noise))
+        return table, draws
 
     def first_input(self) -> float:
         """c_in of the first row, 1 where it evaluates nothing."""
@@ -204,31 +222,53 @@ def execute(
     called after each row.
     """
     b = prepare(plan, seeds, shape, dtype, x_T, start=start, copies=guidance.copies if guidance else 1)
-    tables = plan.tables(guidance.interval if guidance else None)
-    given = _given(plan, tables[0], noise, b.x)
-    coefficients = torch.from_numpy(tables[0]).to(b.x.device, b.x.dtype)
-    codes = torch.from_numpy(tables[1]).to(b.x.device)
+    table, codes = plan.tables(guidance.interval if guidance else None)
+    given = stepwise.given(noise, plan.draws, plan.name, b.x)
+    if given is not None:
+        table[:, [C.N1, C.N2, C.N_V]] = 0.0
+    on_device = [torch.from_numpy(table).to(b.x), torch.from_numpy(codes).to(b.x.device)]
+    corrector = plan.langevin_tables()
+    corrections = [torch.from_numpy(corrector[0]).to(b.x), torch.from_numpy(corrector[1]).to(b.x.device)]
     for i, row in enumerate(plan.rows):
-        F = F_u = V = None
+        F = F_u = V = weight = None
         if row.evaluate:
-            c_noise = coefficients[b.row, C.NOISE].expand(len(b.net_in))
+            c_noise = on_device[0][b.row, C.NOISE].expand(len(b.net_in))
             F, F_u, V = _evaluate(network, b.net_in, c_noise, labels, guidance, shape[0])
-            if adjust is not None:
-                g = float(tables[0][i, C.GUIDE])
-                F, F_u = _adjusted(plan, row, b.x, F, F_u, guidance, g, lambda d, one, i=i: adjust(d, one, i)), None
-        weight = guidance.weight.to(b.x) if guidance is not None and F_u is not None else None
-        learned = V if plan.learns else None
-        if row.learned is not None and V is None:
-            raise ValueError(
-                f"variance: the network returns {shape[0]} channels and no variance, which takes {2 * shape[0]}; use 'large'"
-            )
-        ops.denoise_step(b.x, F, b.saved, b.history, b.net_in, seeds, coefficients, codes, b.row, F_u, weight, learned)
-        if given is not None:
-            _add(given, row, V, b, float(tables[0][i, C.NEXT_IN]))
+            weight = guidance.weight.to(b.x) if guidance is not None else None
+            if adjust is not None or (row.langevin is not None and F_u is not None):
+                c = plan.prediction.coefficients(plan.schedule, row.t)
+                pair = (float(c.c_skip), float(c.c_out))
+                change = (lambda d, one: d) if adjust is None else (lambda d, one, i=i: adjust(d, one, i))
+                F, F_u = stepwise.adjusted(b.x, F, F_u, weight, float(table[i, C.GUIDE]), *pair, change), None
+        if row.langevin is None:
+            _check_variance(row, V, shape[0])
+            V = V if plan.learns else None
+            weight = None if F_u is None else weight
+            ops.denoise_step(b.x, F, b.saved, b.history, b.net_in, seeds, *on_device, b.row, F_u, weight, V)
+            if given is not None:
+                stepwise.add(given, row.noise, row.learned, V, b.x, b.net_in, float(table[i, C.NEXT_IN]))
+        elif given is None:
+            _langevin(b, F, seeds, corrections, plan.norms)
+        else:
+            stepwise.langevin(b.x, F, given[next(iter(row.noise))], b.net_in, corrector[0][i], plan.norms)
         b.row += 1
         if on_row is not None:
             on_row(i, b.x)
     return b.x
+
+
+def _langevin(b: Buffers, F, seeds: Tensor, tables: list[Tensor], norms: Norms) -> None:
+    copies = b.net_in.split(max(len(b.x), 1))
+    ops.langevin_step(b.x, F, copies[0], seeds, *tables, b.row, norms)
+    for other in copies[1:]:
+        other.copy_(copies[0])
+
+
+def _check_variance(row: Row, V: Tensor | None, channels: int) -> None:
+    if row.learned is not None and V is None:
+        raise ValueError(
+            f"variance: the network returns {channels} channels and no variance, which takes {2 * channels}; use 'large'"
+        )
 
 
 def _evaluate(network, net_in: Tensor, c_noise: Tensor, labels, guidance, channels: int):
@@ -244,39 +284,3 @@ def _evaluate(network, net_in: Tensor, c_noise: Tensor, labels, guidance, channe
         return out, out_u, None
     # a network that learns variances returns them in as many channels again
     return out[:, :channels], None if out_u is None else out_u[:, :channels], out[:, channels:]
-
-
-def _adjusted(plan: Plan, row: Row, x, F, F_u, guidance: Guidance | None, guide: float, adjust) -> Tensor:
-    """The output that makes D what adjust makes of it, guidance included."""
-    c = plan.prediction.coefficients(plan.schedule, row.t)
-    skip, out = float(c.c_skip), float(c.c_out)
-    f = F.to(x.dtype)
-    unguided = skip * x + out * f
-    d = unguided
-    if F_u is not None and guidance is not None:
-        w = guidance.weight.to(x).reshape(-1, *[1] * (x.dim() - 1))
-        d = d + out * guide * (w - 1) * (f - F_u.to(x.dtype))
-    return (adjust(d, unguided) - skip * x) / out
-
-
-def _given(plan: Plan, table: np.ndarray, noise: Sequence[Tensor] | None, x: Tensor) -> list[Tensor] | None:
-    """The given draws like x; the rows add none of their own then."""
-    if noise is None:
-        return None
-    if len(noise) < plan.draws:
-        raise ValueError(f"noise: {plan.name} uses {plan.draws} draws after the start, {len(noise)} given; give all of them")
-    table[:, [C.N1, C.N2, C.N_V]] = 0.0
-    return [z.to(x) for z in noise]
-
-
-def _add(noise: list[Tensor], row: Row, V: Tensor | None, b: Buffers, c_in: float) -> None:
-    """Add the row's noise from the given draws, and make the network's next input again."""
-    for k, (draw, amount) in enumerate(row.noise.items()):
-        std: float | Tensor = amount
-        if k == 0 and row.learned is not None and V is not None:
-            v = (V.to(b.x.dtype) + 1) / 2
-            std = amount + torch.exp((v * row.learned[1] + (1 - v) * row.learned[0]) / 2)
-        b.x += std * noise[draw]
-    if row.noise:
-        for part in b.net_in.split(max(len(b.x), 1)):
-            part.copy_(c_in * b.x)

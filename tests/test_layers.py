@@ -19,7 +19,7 @@ FLOORS = [
     {"request"},
     {"model"},
     {"plan", "samplers", "unet", "checkpoints"},
-    {"denoiser", "nn"},
+    {"denoiser", "nn", "stepwise"},
     {"schedules"},
     {"ops"},
     {"kernels", "_C", "version"},

@@ -16,15 +16,25 @@ from fastdiff.schedules import DDPM, EDM, VE, VP, Flow
 EPS, F = Prediction("eps"), Prediction("edm")
 T = DDPM()
 CHAIN = {"analytic-ddpm", "fast-ddpm", "lcm", "watson"}  # which need a discrete chain
-SDES = {"ancestral", "annealed-langevin", "euler-maruyama", "reverse-diffusion"}
-FEWEST = {"annealed-langevin": 2, "pndm": 13, "restart": 9}  # pndm: three steps of four, one to the image
+SDES = {"ancestral", "annealed-langevin", "euler-maruyama", "predictor-corrector", "reverse-diffusion"}
+PAIRS = {"annealed-langevin", "predictor-corrector"}  # two evaluations in every step
+FEWEST = {
+    "annealed-langevin": 2,
+    "predictor-corrector": 2,
+    "pndm": 13,
+    "restart": 9,
+}  # pndm: three steps of four, one to the image
 STATISTICS = {"analytic-ddpm": {"gamma": np.full(1000, 0.9)}, "watson": {"mse": np.linspace(0.1, 1, 1000)}}
+
+
+def some_nfe(name):
+    return 10 if name in PAIRS else {"pndm": 17, "restart": 17}.get(name, 9)
 
 
 def any_plan(name, nfe=None):
     """A plan of this sampler on a schedule that it takes."""
     schedule = T if name in CHAIN else VE() if name in SDES else EDM()
-    nfe = {"annealed-langevin": 10, "pndm": 17, "restart": 17}.get(name, 9) if nfe is None else nfe
+    nfe = some_nfe(name) if nfe is None else nfe
     return SAMPLERS[name](schedule, EPS if name in CHAIN else F, nfe, **STATISTICS.get(name, {}))
 
 
@@ -40,7 +50,8 @@ def any_plan(name, nfe=None):
         (samplers.euler_maruyama(VE(), EPS, 20), 20),
         (samplers.consistency(EDM(), F, 2), 2),
         (samplers.reverse_sde(VE(), F, 40, corrector="ald", corrections=3), 40),
-        *[(any_plan(name), {"annealed-langevin": 10, "pndm": 17, "restart": 17}.get(name, 9)) for name in SAMPLERS],
+        *[(any_plan(name), some_nfe(name)) for name in SAMPLERS],
+        (samplers.reverse_sde(VE(), F, 2000, corrector="langevin"), 2000),
     ],
     ids=lambda p: p.name if isinstance(p, Plan) else str(p),
 )
@@ -183,7 +194,7 @@ def test_no_integer(name, nfe):
 
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_numpy_integers_count(name):
-    assert any_plan(name, np.int64(18 if name == "annealed-langevin" else 17)).nfe in (17, 18)
+    assert any_plan(name, np.int64(18 if name in PAIRS else 17)).nfe in (17, 18)
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ from fastdiff.samplers.multistep import deis, ipndm, lms, pndm
 from fastdiff.samplers.ode import euler, heun, midpoint
 from fastdiff.samplers.restart import restart
 from fastdiff.samplers.sde import euler_maruyama, reverse_sde
+from fastdiff.samplers.search import search_times
 from fastdiff.samplers.unipc import unipc
 
 __all__ = [
@@ -38,6 +39,7 @@ __all__ = [
     "progressive",
     "restart",
     "reverse_sde",
+    "search_times",
     "two_stage_ancestral",
     "unipc",
     "watson",

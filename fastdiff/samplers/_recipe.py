@@ -82,6 +82,7 @@ class Recipe:
             raise ValueError(f"clip: {name} combines estimates of the noise, which clipping does not bound; leave clip out")
         self.name, self.schedule, self.prediction, self.clip, self.estimate = name, schedule, prediction, clip, estimate
         self.times, self.values, self.evaluated = [float(t)], [Vector({})], [False]
+        self.corrections: dict[int, tuple[float, int]] = {}  # stage -> step and draw of a Langevin row
 
     @property
     def x(self) -> Vector:
@@ -102,6 +103,15 @@ class Recipe:
         self.evaluated[-1] = True
         return x, Vector({("d", len(self.times) - 1): 1.0})
 
+    def langevin(self, x: Vector, t: float, step: float, draw: int) -> Vector:
+        """x after one `langevin_step` at time t, 2 a snr^2 its step: a state that is no combination of others."""
+        x, _ = self.look(x, t)
+        self.corrections[len(self.times) - 1] = (step, draw)
+        self.times.append(float(t))
+        self.values.append(x)
+        self.evaluated.append(False)
+        return self.x
+
     def plan(self, x: Vector, t: float, prior_std: float | None = None) -> Plan:
         """The plan that ends with x at time t."""
         self.times.append(float(t))
@@ -118,6 +128,10 @@ class Recipe:
         saved: Symbol | None = None
         for k in range(len(terms) - 1):
             made, here = terms[k + 1], ("d", k)
+            if k in self.corrections:
+                step, draw = self.corrections[k]
+                rows.append(Row(self.times[k], self.times[k + 1], noise={draw: 0.0}, langevin=step))
+                continue
             for symbol in made:
                 if symbol[0] == "x" and symbol not in (("x", k), saved):
                     raise ValueError(f"{self.name}: two earlier states are needed at once, {symbol} and {saved}")

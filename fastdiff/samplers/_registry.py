@@ -81,6 +81,7 @@ SAMPLERS: dict[str, Sampler] = {
     "lms": Sampler(lms, "1 ... 4", ANY, CROWSON),
     "midpoint": Sampler(midpoint, "2", ODD, KARRAS),
     "pndm": Sampler(pndm, "2", "13 or more", "Liu et al. 2022, PNDM"),
+    "predictor-corrector": Sampler(reverse_sde, "-", "2 N", SONG, {"corrector": "langevin"}),
     "progressive": Sampler(progressive, "1", ANY, "Salimans and Ho 2022, Progressive distillation"),
     "restart": Sampler(restart, "-", "8 + 2 N - 1", "Xu et al. 2023, Restart sampling"),
     "reverse-diffusion": Sampler(reverse_sde, "-", ANY, SONG, {"predictor": "reverse-diffusion", "corrector": None}),

@@ -9,6 +9,7 @@ import dataclasses
 import numpy as np
 
 from fastdiff.denoiser import Prediction
+from fastdiff.ops.langevin_step import Norms
 from fastdiff.plan import Plan
 from fastdiff.samplers._grids import check_nfe
 from fastdiff.samplers._recipe import Recipe, Vector, z
@@ -103,37 +104,46 @@ def reverse_sde(
     corrector: str | None = None,
     snr: float = 0.16,
     corrections: int = 1,
+    norms: str = "sample",
     denoise: bool = True,
     clip: bool = False,
 ) -> Plan:
-    """Predictors alone, or with the annealed Langevin corrector: at each level `corrections` of those, then the predictor.
+    """Predictors alone, or with a Langevin corrector: at each level `corrections` of its steps, then the predictor.
 
-    corrector "ald": x + eps score + sqrt(2 eps) z with eps = 2 alpha (snr sigma)^2: linear, as its step does not look at
-    the score's norm (`predictor_corrector` has the one whose step does). denoise: the last predictor adds no noise.
-    nfe = N (1 + corrections).
+    corrector "langevin": x + eps score + sqrt(2 eps) z with eps = 2 a (snr ||z|| / ||score||)^2, a = 1 - beta_i (VP) or 1
+    (VE). norms "sample": each sample's own, so that its image does not depend on the batch; "batch": their averages over
+    the batch, as in the original code. corrector "ald", annealed Langevin: eps = 2 a (snr sigma)^2.
+    denoise: the last predictor adds no noise. nfe = N (1 + corrections).
     """
     each = 1 + (corrections if corrector else 0)
-    name = predictor if corrector is None else "annealed-langevin"
+    name = {None: predictor, "ald": "annealed-langevin"}.get(corrector, "predictor-corrector")
     check_nfe(nfe, name, fewest=each)
     if nfe % each:
         raise ValueError(f"nfe: {name} makes {each} evaluations in each step, not {nfe}; use a multiple of {each}")
-    if corrector not in (None, "ald"):
-        raise ValueError(f"corrector: {corrector!r} is not known; use 'ald' or None")
+    if corrector not in (None, "ald", "langevin"):
+        raise ValueError(f"corrector: {corrector!r} is not known; use 'langevin', 'ald' or None")
+    if norms not in ("sample", "batch"):
+        raise ValueError(f"norms: {norms!r} is not known; use 'sample', or 'batch' for the original's averages")
     n = nfe // each
     update = update_of(schedule, n, predictor, probability_flow)
     recipe = Recipe(name, schedule, prediction, float(update.t[0]), clip=clip)
     x, draw = recipe.x, 0
     for i, t in enumerate(update.t.tolist()):
         for _ in range(each - 1):
+            step = float(2 * update.alpha[i] * snr**2)
+            if corrector == "langevin":
+                x, draw = recipe.langevin(x, t, step, draw), draw + 1
+                continue
             x, score = _look(recipe, x, t)
-            step = 2 * update.alpha[i] * (snr * float(schedule.sigma(t))) ** 2
+            step *= float(schedule.sigma(t)) ** 2
             x, draw = x + step * score + np.sqrt(2 * step) * z(draw), draw + 1
         x, score = _look(recipe, x, t)
         x = update.x[i] * x + update.score[i] * score
         if not (i == n - 1 and denoise):
             x = x + update.std[i] * z(draw)
         draw += 1
-    return recipe.plan(x, float(update.t[-1]), prior_std=schedule.prior_std)
+    plan = recipe.plan(x, float(update.t[-1]), prior_std=schedule.prior_std)
+    return dataclasses.replace(plan, norms=Norms[norms.upper()])
 
 
 def _look(recipe: Recipe, x: Vector, t: float) -> tuple[Vector, Vector]:

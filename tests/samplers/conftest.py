@@ -80,6 +80,9 @@ def replay(
     schedule, history, saved = plan.schedule, {}, None
     x = x.double() * plan.prior_std
     for i, row in enumerate(plan.rows):
+        if row.langevin is not None:
+            x = override(i, corrected(plan, row, data, x, noise(next(iter(row.noise))).double()))
+            continue
         new = row.x * x
         if row.evaluate:
             a, s = float(schedule.alpha(row.t)), float(schedule.sigma(row.t))
@@ -101,6 +104,16 @@ def replay(
             history[row.save_d] = d.clamp(-1, 1) if row.save_clipped else d
         x = override(i, new)
     return x
+
+
+def corrected(plan, row, data, x, z):
+    """x + eps score + sqrt(2 eps) z, eps = 2 a snr^2 ||z||^2 / ||score||^2, norms of each sample or averaged."""
+    alpha, sigma = float(plan.schedule.alpha(row.t)), float(plan.schedule.sigma(row.t))
+    score = (alpha * data.denoise(x, alpha, sigma) - x) / sigma**2
+    norms = [v.flatten(1).norm(dim=1) for v in (z, score)]
+    of_z, of_score = norms if plan.norms == 0 else [n.mean() for n in norms]
+    eps = (row.langevin * (of_z / of_score) ** 2).reshape(-1, 1, 1, 1)
+    return x + eps * score + (2 * eps).sqrt() * z
 
 
 def philox(seeds: torch.Tensor, shape: tuple[int, ...]) -> Callable[[int], torch.Tensor]:

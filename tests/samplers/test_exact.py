@@ -184,3 +184,35 @@ def test_order(sampler, order, schedule, steps, options, make_mixture):
     slope = np.polyfit(np.log(steps), np.log(errors), 1)[0]
     assert min(errors) > 5e-6, "rounding, not the step, would be measured"
     assert abs(-slope - order) <= 0.15, (slope, errors)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "options", "bias"),
+    [
+        (VP(), {"predictor": "reverse-diffusion"}, 0.02),
+        (VP(), {"predictor": "euler-maruyama", "norms": "batch"}, 0.02),
+        (SubVP(), {"predictor": "euler-maruyama"}, 0.03),
+        (VE(), {"predictor": "ancestral"}, 0.02),
+        (VE(), {"predictor": "reverse-diffusion", "snr": 0.1, "corrections": 2}, 0.02),
+    ],
+)
+def test_predictor_corrector(schedule, options, bias, make_mixture, replay, philox):
+    """Mean and deviation of the data; and the loop's Langevin steps are the formula's, written out in float64."""
+    data = make_mixture((1.0,), (MU,), (STD,), per_pixel=True)
+    model, nfe = wrapped(schedule, data), 360
+    request = {"sampler": "predictor-corrector", "clip_output": False, "progress": False, **options}
+    x = fastdiff.sample(model, nfe, seeds=SEEDS, **request).double()
+    assert abs(x.mean() - MU) <= 4 * STD / math.sqrt(N) + bias * STD
+    assert abs(x.std() / STD - 1) <= 4 / math.sqrt(2 * N) + bias
+    short, seeds = 12, fastdiff.ops.seed_tensor([5, 6, 7])
+    plan = fastdiff.make_plan(model, short, "predictor-corrector", **options)
+    by_hand = replay(plan, data, fastdiff.ops.philox_normal(seeds, 0, SHAPE), philox(seeds, SHAPE))
+    got = fastdiff.sample(model, short, seeds=[5, 6, 7], **request)
+    # x starts at up to 50 in float32, and every step multiplies its rounding by at most one
+    assert (got - by_hand).abs().max() <= 2e-5
+    given = [z.double() for z in (philox(seeds, SHAPE)(k) for k in range(plan.draws))]
+    start = fastdiff.ops.philox_normal(seeds, 0, SHAPE)
+    exact = fastdiff.sample(model, short, noise=[start, *given], dtype=torch.float64, **request)
+    assert (exact - by_hand).abs().max() <= 1e-6  # the network here answers in float32
+    one = fastdiff.sample(model, short, seeds=[6], **request)
+    assert ((one[0] - got[1]).abs().max() <= 1e-5) == (options.get("norms") != "batch")

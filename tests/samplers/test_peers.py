@@ -129,6 +129,13 @@ CASES = {
     "score_sde/ve_ancestral_n50": lambda r: samplers.reverse_sde(VE(), EPS, 50, predictor="ancestral"),
     "score_sde/ve_pf_revdiff_n50": lambda r: samplers.reverse_sde(VE(), EPS, 50, probability_flow=True),
     "score_sde/vp_ald_n20_nodenoise": lambda r: samplers.reverse_sde(VP(), EPS, 40, corrector="ald", denoise=False),
+    # Langevin's step from norms averaged over the batch: the images depend on one another.
+    "score_sde/ve_pc_revdiff_langevin_n50": lambda r: samplers.reverse_sde(
+        VE(), EPS, 100, corrector="langevin", norms="batch"
+    ),
+    "score_sde/vp_pc_em_langevin_n20": lambda r: samplers.reverse_sde(
+        VP(), EPS, 40, predictor="euler-maruyama", corrector="langevin", norms="batch"
+    ),
     # Hugging Face diffusers, float32 throughout.
     "diffusers/ddim_n10": lambda r: samplers.ddim(LINEAR, EPS, 10),
     "diffusers/ddim_clip_eta1_n10": lambda r: samplers.ddim(LINEAR, EPS, 10, eta=1.0, spacing="trailing", clip=True),
