@@ -1,7 +1,7 @@
 """group_norm_silu against PyTorch's group_norm and silu: forward and backward apart, at the U-Nets' shapes.
 
 Traffic: forward x read and y written; backward x and dy read, dx written. On CPUs the exponential bounds the forward pass:
-FLOOR_NS an element and core, measured with an AVX-512 silu whose data stay in L1; the last test prints what is reached of it.
+FLOOR_NS an element and core, measured with an AVX-512 silu whose data stay in L1; the last test prints the share.
 """
 
 import pytest

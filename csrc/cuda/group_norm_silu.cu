@@ -10,15 +10,17 @@
 namespace fastdiff {
 namespace {
 
+static_assert(kThreads == 256);
+
 template <class T, bool silu, bool given>
-__global__ void __launch_bounds__(kThreads, 2) normalise(const __grid_constant__ GroupNormSiluCuda a,
-                                                         const __grid_constant__ NormPlan p) {
+__global__ void __launch_bounds__(256, 2) normalise(const __grid_constant__ GroupNormSiluCuda a,
+                                                    const __grid_constant__ NormPlan p) {
   extern __shared__ __align__(16) char shared[];
   const NormBlock<T> block(a, p, blockIdx.x, shared);
   const int t = static_cast<int>(threadIdx.x);
-  block.fetch(a, t);
+  block.template fetch<given>(a, t);
   if constexpr (given) {
-    block.merge(a, p, t, [&](int) { return block.part; });
+    block.template merge<given>(a, p, t, [&](int) { return block.part; });
   } else {
     block.sum(t);
     __syncthreads();
@@ -36,19 +38,19 @@ __global__ void __launch_bounds__(kThreads, 2) normalise(const __grid_constant__
     if (p.ranks > 1) {
       const auto cluster = cooperative_groups::this_cluster();
       cluster.sync();
-      block.merge(a, p, t, [&](int r) { return static_cast<const float*>(cluster.map_shared_rank(block.part, r)); });
+      block.template merge<given>(a, p, t, [&](int r) { return static_cast<const float*>(cluster.map_shared_rank(block.part, r)); });
       cluster.barrier_arrive();  // no block may end while another reads its moments: the wait is the last thing done
     } else
 #endif
     {
       __syncthreads();
-      block.merge(a, p, t, [&](int) { return block.part; });
+      block.template merge<given>(a, p, t, [&](int) { return block.part; });
     }
   }
   __syncthreads();
   block.coefficients(t);
   __syncthreads();
-  block.template apply<silu>(a, t);
+  block.template apply<silu, given>(a, t);
 #if __CUDA_ARCH__ >= 900
   if (!given && p.ranks > 1) cooperative_groups::this_cluster().barrier_wait();
 #endif

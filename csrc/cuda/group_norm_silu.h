@@ -27,6 +27,7 @@ struct GroupNormSiluCuda {
 struct NormPlan {
   int width = 0;  // 0: no plan, the slice does not fit
   int slices = 0;  // of a sample; the last one may be narrower
+  int per = 0;     // channels of a group
   int ranks = 1;
   int rows = 0;   // pixels of a rank; the last one may have fewer, or none
   int slots = 0;  // 16-byte vectors a thread holds
@@ -62,7 +63,7 @@ inline NormPlan plan_norm(const GroupNormSiluCuda& a, int multiprocessors, int m
     const int64_t rows = (a.s + ranks - 1) / ranks, slots = (rows + across - 1) / across;
     const int64_t shared = shared_of(a.given ? 0 : slots, width, per, vector);
     if (shared > most_shared) return false;
-    p = {int(width), int(slices), int(ranks), int(rows), int(slots), int(shared)};
+    p = {int(width), int(slices), int(per), int(ranks), int(rows), int(slots), int(shared)};
     return true;
   };
   if (a.given) {  // nothing to share: as many blocks as give each thread eight vectors

@@ -101,12 +101,12 @@ template <class T> struct NormBlock {
   float* total;       // [groups]: this block's mean
   float *lane_sum[2];  // [groups, lanes] each
 
-  FD_DEVICE NormBlock(const GroupNormSiluCuda& a, const NormPlan& p, int64_t block, char* shared) {
-    const int64_t slice = block / p.ranks;
-    rank = static_cast<int>(block % p.ranks), n = slice / p.slices;
-    c0 = static_cast<int>(slice % p.slices) * p.width;
+  FD_DEVICE NormBlock(const GroupNormSiluCuda& a, const NormPlan& p, uint32_t block, char* shared) {
+    const uint32_t slice = block / static_cast<uint32_t>(p.ranks), slices = static_cast<uint32_t>(p.slices);
+    rank = static_cast<int>(block - slice * p.ranks), n = slice / slices;
+    c0 = static_cast<int>(slice % slices) * p.width;
     width = static_cast<int>(a.c) - c0 < p.width ? static_cast<int>(a.c) - c0 : p.width;
-    per = static_cast<int>(a.c / a.groups), groups = width / per, vectors = width / E, across = kThreads / vectors;
+    per = p.per, groups = width / per, vectors = width / E, across = kThreads / vectors;
     lanes = kThreads / groups < 32 ? kThreads / groups : 32;
     first = rank * p.rows, count = pixels_of(a, p, rank);
     kept = reinterpret_cast<uint4*>(shared);
@@ -130,8 +130,8 @@ template <class T> struct NormBlock {
   }
 
   // x into shared memory, parameters beside it.
-  FD_DEVICE void fetch(const GroupNormSiluCuda& a, int t) const {
-    if (!a.given) {
+  template <bool given> FD_DEVICE void fetch(const GroupNormSiluCuda& a, int t) const {
+    if constexpr (!given) {
       uint4* to = kept + t;
       const uint4* from = source(a, t, row_of(t));
       const int64_t step = across * a.x_s * static_cast<int64_t>(sizeof(T)) / 16;
@@ -167,8 +167,14 @@ template <class T> struct NormBlock {
   FD_DEVICE void fold(int which, int t) const {
     const int group = t / lanes, lane = t % lanes;
     if (group >= groups) return;
+    const float* from = sums[which] + group * per;
+    const int rows = lanes / per, rest = lanes - rows * per;
     float s = 0;
-    for (int i = lane; i < across * per; i += lanes) s += sums[which][i / per * width + group * per + i % per];
+    for (int row = lane / per, j = lane % per; row < across;) {
+      s += from[row * width + j];
+      row += rows, j += rest;
+      if (j >= per) j -= per, ++row;
+    }
     lane_sum[which][t] = s;
   }
   FD_DEVICE float folded(int which, int group) const {
@@ -187,9 +193,11 @@ template <class T> struct NormBlock {
   FD_DEVICE void deviations(int t) const {
     float center[E], d[E] = {}, q[E] = {}, v[E], slip[E];
     const int c = channel_of(t);
+    int group = c / per, next = (group + 1) * per;
 #pragma unroll
     for (int e = 0; e < E; ++e) {
-      const float mean = total[(c + e) / per];
+      if (c + e == next) next += per, ++group;
+      const float mean = total[group];
       center[e] = mean - add[c + e];
       if (kPrecise) slip[e] = static_cast<float>(center[e] - (static_cast<double>(mean) - add[c + e]));
     }
@@ -219,10 +227,10 @@ template <class T> struct NormBlock {
 
   // The slice's statistics from all ranks' parts, in order: Chan's merge, of means less the first
   // one's, since a float mean of an image far from zero has no digits left for them. theirs(rank): that block's `part`.
-  template <class F> FD_DEVICE void merge(const GroupNormSiluCuda& a, const NormPlan& p, int t, const F& theirs) const {
+  template <bool given, class F> FD_DEVICE void merge(const GroupNormSiluCuda& a, const NormPlan& p, int t, const F& theirs) const {
     if (t >= groups) return;
     float* out = a.stats + 2 * (n * a.groups + c0 / per + t);
-    if (!a.given) {
+    if constexpr (!given) {
       float size = 0, away = 0, m2 = 0;
       const float origin = theirs(0)[3 * t];  // rank 0 always has pixels
       for (int r = 0; r < p.ranks; ++r) {
@@ -252,14 +260,15 @@ template <class T> struct NormBlock {
     }
   }
 
-  template <bool silu> FD_DEVICE void apply(const GroupNormSiluCuda& a, int t) const {
+  template <bool silu, bool given> FD_DEVICE void apply(const GroupNormSiluCuda& a, int t) const {
     float g[E], o[E], m[E], v[E];
     const int c = channel_of(t);
 #pragma unroll
     for (int e = 0; e < E; ++e) g[e] = gain[c + e], o[e] = offset[c + e], m[e] = add[c + e];
     int row = row_of(t);
-    const uint4* from = a.given ? source(a, t, row) : kept + t;
-    const int64_t step = a.given ? across * a.x_s * static_cast<int64_t>(sizeof(T)) / 16 : kThreads;
+    const uint4* from = kept + t;
+    int64_t step = kThreads;
+    if constexpr (given) from = source(a, t, row), step = across * a.x_s * static_cast<int64_t>(sizeof(T)) / 16;
     const int64_t out_step = across * a.y_s * static_cast<int64_t>(sizeof(T)) / 16;
     uint4* to = reinterpret_cast<uint4*>(static_cast<T*>(a.y) + n * a.y_n + (first + row) * a.y_s + c0 + c);
     for (; row < count; row += across, from += step, to += out_step) {

@@ -14,7 +14,7 @@ from fastdiff.ops.group_norm_silu import reference
 ROOT = Path(__file__).parents[2]
 CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
 H200, A100 = (132, 232448, 8), (108, 166912, 1)  # multiprocessors, bytes of shared memory a block, blocks a cluster
-PLAN = ("width", "slices", "ranks", "rows", "slots", "shared")
+PLAN = ("width", "slices", "per", "ranks", "rows", "slots", "shared")
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +38,7 @@ def run(library, args, device, y=None):
     pointers = (ctypes.c_void_p * 5)(*(None if t is None else t.data_ptr() for t in parameters))
     types = (ctypes.c_int * 5)(*(0 if t is None else CODES[t.dtype] for t in parameters))
     sizes = (ctypes.c_int64 * 8)(n, c, s, groups, x.stride(0), x.stride(-1), y.stride(0), y.stride(-1))
-    plan = (ctypes.c_int * 6)()
+    plan = (ctypes.c_int * len(PLAN))()
     failed = library.group_norm_on_host(
         ctypes.c_void_p(x.data_ptr()), ctypes.c_void_p(y.data_ptr()), sizes, CODES[x.dtype], ctypes.c_float(eps), silu,
         stats is not None, pointers, types, ctypes.c_void_p(kept.data_ptr()), (ctypes.c_int * 3)(*device), plan,
@@ -101,14 +101,11 @@ def test_images_far_from_zero(library, mean, std):
     one, zero = torch.ones(64), torch.zeros(64)
     for add in (None, torch.randn(1, 64) * std):
         args = [x, one, zero, 8, 0.0, add, None, None, None, True]
-        y, stats, plan = run(library, args, H200)
+        y, stats, _ = run(library, args, H200)
         (plain, _), (truth, true_stats) = reference(*args), reference(*wide(args))
         check("y", y, plain, truth, 64)
         relative = ((stats[..., 1] - true_stats[..., 1]) / true_stats[..., 1]).abs().max().item()
-        floor = (
-            2 * (torch.finfo(torch.float32).eps * mean / std) ** 2
-        )  # of the rounding of a mean, where x - add is not exact
-        assert relative <= 16 * torch.finfo(torch.float32).eps + (0 if add is None else floor), relative
+        assert relative <= 16 * torch.finfo(torch.float32).eps, relative
 
 
 def test_pixels_with_gaps(library):
@@ -120,14 +117,14 @@ def test_pixels_with_gaps(library):
 
 def plan_of(library, n, c, side, dtype, device):
     sizes = (ctypes.c_int64 * 8)(n, c, side * side, 32)
-    plan = (ctypes.c_int * 6)()
+    plan = (ctypes.c_int * len(PLAN))()
     library.plan_on_host(sizes, CODES[dtype], (ctypes.c_int * 3)(*device), plan)
     return dict(zip(PLAN, plan, strict=True))
 
 
 @pytest.mark.parametrize("device", [H200, A100], ids=["H200", "A100"])
 def test_plans_cover_the_networks(library, device):
-    """Every shape of the U-Nets has a plan on sm_90; batch 1 uses at least a third of the machine unless a thread has two vectors.
+    """Every shape of the U-Nets has a plan on sm_90; batch 1 uses a third of the machine unless a thread has two vectors.
 
     Without clusters, slices of 32 x 32 and more may not fit, and go to Triton.
     """
