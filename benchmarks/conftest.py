@@ -88,7 +88,7 @@ def device() -> str:
 
 @pytest.fixture(scope="session")
 def timed():
-    return medians
+    return harness.medians
 
 
 @pytest.fixture(scope="session")
