@@ -88,6 +88,7 @@ def device() -> str:
 
 @pytest.fixture(scope="session")
 def timed():
+    """seconds(variants): interleaved medians, without a check or a row."""
     return harness.medians
 
 
