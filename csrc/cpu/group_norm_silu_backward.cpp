@@ -18,7 +18,7 @@ void group_norm_silu_backward(const GroupNormSilu& a) { FASTDIFF_DISPATCH(group_
 
 #include "cpu/group_norm.h"
 
-// dy silu'(s). Rough only where nothing but a 16-bit dx comes of it: parameters' gradients are sums of it, in their own types.
+// dy silu'(s). Rough only where nothing but a 16-bit dx comes of it: parameters' gradients are sums in their own types.
 template <class T, bool silu, bool rough> FD_INLINE Vec<Acc<T>> slope(Vec<Acc<T>> s, Vec<Acc<T>> dy) {
   typedef Vec<Acc<T>> V;
   if constexpr (!silu) return dy;
