@@ -7,7 +7,7 @@ images = fastdiff.sample(nfe=2, seeds=range(64))    # float32 [64, 1, 28, 28] in
 from fastdiff import ops, samplers, schedules
 from fastdiff.denoiser import Denoiser, Prediction
 from fastdiff.info import info
-from fastdiff.model import CheckpointError, Model, load, wrap
+from fastdiff.model import CheckpointError, Model, from_state_dict, load, wrap
 from fastdiff.plan import Plan
 from fastdiff.request import Guide, make_plan
 from fastdiff.sample import Samples, run, sample
@@ -25,6 +25,7 @@ __all__ = [
     "UNet",
     "UNetConfig",
     "__version__",
+    "from_state_dict",
     "info",
     "load",
     "make_plan",

@@ -14,9 +14,9 @@ from torch import Tensor
 
 from fastdiff import ops
 from fastdiff.ops.schedule_coefficients import Column, Law, Target
-from fastdiff.schedules import DDPM, EDM, VE, VP, Flow, Schedule, SubVP, TrigFlow
+from fastdiff.schedules import DDPM, EDM, VE, VP, Flow, Schedule, SubVP, TrigFlow, from_dict, to_dict
 
-KINDS = ("eps", "x0", "v", "score", "flow", "edm", "consistency")
+KINDS = ("eps", "x0", "v", "score", "flow", "ve", "edm", "consistency")
 
 # Schedule -> its law in ops.schedule_coefficients and the fields that are the law's p0 and p1.
 LAWS: dict[type[Schedule], tuple[Law, tuple[str, ...]]] = {
@@ -51,21 +51,48 @@ class Prediction:
     | v           | alpha n - sigma x0                       | (alpha x - sigma F) / (alpha^2 + sigma^2)    |
     | score       | grad log p_t = -n / sigma                | (x + sigma^2 F) / alpha                      |
     | flow        | dx/dt = n - x0 (on `Flow`)               | x - t F                                      |
+    | ve          | sigma grad log p_t = -n                  | (x + sigma F) / alpha                        |
     | edm         | EDM's F, unit variance in and out        | c_skip x + c_out F, Karras 2022 table 1      |
     | consistency | the same with c_skip(t_min) = 1          | c_skip x + c_out F, Song 2023 appendix C     |
 
-    time_scale multiplies t into c_noise for all but edm and consistency, whose c_noise is ln(t) / 4. A raw network
-    takes x and t themselves: c_in = 1, c_noise = t.
+    c_noise is time_scale t; time_scale ln(sigma / alpha) / 4 for edm and consistency; ln(time_scale sigma) for ve. A raw
+    network takes x and t themselves: c_in = 1, c_noise = t.
+
+    trained: the variance-preserving schedule (VP, DDPM) that an eps, x0 or v network knows, where x follows another one. It
+    then sees its own path, c_in x at its own time; `rounded`: the nearest index of DDPM. EDM's VP and iDDPM models are such.
+
+    learned_variance: the network returns 2C channels, F and after it the log-variance's place between its bounds.
     """
 
     kind: str = "eps"
     sigma_data: float = 0.5
     time_scale: float = 1.0
     raw: bool = False
+    trained: Schedule | None = None
+    rounded: bool = False
+    learned_variance: bool = False
 
     def __post_init__(self):
         if self.kind not in KINDS:
             raise ValueError(f"prediction: {self.kind!r} is not known; use one of {', '.join(KINDS)}")
+        preserving = isinstance(self.trained, (VP, DDPM)) and not isinstance(self.trained, SubVP)
+        if self.trained is not None and not (preserving and self.kind in ("eps", "x0", "v")):
+            raise ValueError(f"trained: {self.trained} with {self.kind}; use VP or DDPM, and eps, x0 or v")
+        if self.rounded and not isinstance(self.trained, DDPM):
+            raise ValueError("rounded: only the times of a discrete schedule can be rounded; give trained=DDPM(...)")
+
+    def describe(self) -> dict:
+        """Plain values from which `from_dict` makes the prediction again; the last three only where they say something."""
+        values = {name: getattr(self, name) for name in ("kind", "sigma_data", "time_scale", "raw")}
+        if self.trained is not None:
+            values["trained"] = to_dict(self.trained)
+        return values | {name: True for name in ("rounded", "learned_variance") if getattr(self, name)}
+
+    @classmethod
+    def from_dict(cls, values: dict) -> "Prediction":
+        """The prediction that `describe` described."""
+        trained = values.get("trained")
+        return cls(**(values | {"trained": None if trained is None else from_dict(trained)}))
 
     def coefficients(self, schedule: Schedule, t: ArrayLike) -> Coefficients:
         """The four coefficients at times t of `schedule`."""
@@ -84,19 +111,43 @@ class Prediction:
             )
         if self.kind in ("edm", "consistency"):
             return self._edm(schedule, t)
+        if self.trained is not None:
+            return self._on_trained_path(schedule, t)
         if self.kind == "flow" and not (np.allclose(a, 1 - t) and np.allclose(s, t)):
             raise ValueError(
                 f"prediction: 'flow' is n - x0 on the path of Flow, not of {type(schedule).__name__}; use Flow or v"
             )
+        c_noise = np.log(self.time_scale * s) if self.kind == "ve" else t * self.time_scale
+        return Coefficients(*self._pair(a, s, t), one, c_noise)
+
+    def _pair(self, a: np.ndarray, s: np.ndarray, t: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """c_skip and c_out of the kinds that follow from alpha and sigma."""
+        one = np.ones_like(t)
         pairs = {
             "eps": lambda: (1 / a, -s / a),
             "x0": lambda: (0 * one, one),
             "v": lambda: (a / (a**2 + s**2), -s / (a**2 + s**2)),
             "score": lambda: (1 / a, s**2 / a),
+            "ve": lambda: (1 / a, s / a),
             "flow": lambda: (one, -t),
         }
-        c_skip, c_out = pairs[self.kind]()
-        return Coefficients(c_skip, c_out, one, t * self.time_scale)
+        return pairs[self.kind]()
+
+    def _on_trained_path(self, schedule: Schedule, t: np.ndarray) -> Coefficients:
+        """What the network's own schedule has at x's sigma / alpha; c_in leads from one path to the other."""
+        assert self.trained is not None
+        r = schedule.ratio(t)
+        own = 1 / np.sqrt(1 + r**2)  # alpha at r on every variance-preserving path
+        k = own / schedule.alpha(t)
+        c_skip, c_out = self._pair(own, r * own, t)
+        time = self._nearest(r) if self.rounded else self.trained.time_of(r)
+        return Coefficients(c_skip * k, c_out, k, time * self.time_scale)
+
+    def _nearest(self, r: np.ndarray) -> np.ndarray:
+        """The index of the trained schedule whose noise level is nearest to r; -1, no noise, below half the smallest."""
+        assert isinstance(self.trained, DDPM)
+        levels = np.concatenate(([0.0], self.trained.ratio(np.arange(self.trained.T))))
+        return np.searchsorted((levels[1:] + levels[:-1]) / 2, r).astype(np.float64) - 1
 
     def _edm(self, schedule: Schedule, t: np.ndarray) -> Coefficients:
         # On schedules with alpha != 1 the same formulas hold for x / alpha at noise level r = sigma / alpha.
@@ -104,7 +155,7 @@ class Prediction:
         shift = schedule.ratio(schedule.t_min) if self.kind == "consistency" else 0.0
         c_skip = sd**2 / ((r - shift) ** 2 + sd**2)
         c_out = (r - shift) * sd / np.sqrt(r**2 + sd**2)
-        return Coefficients(c_skip / a, c_out, 1 / (a * np.sqrt(r**2 + sd**2)), np.log(r) / 4)
+        return Coefficients(c_skip / a, c_out, 1 / (a * np.sqrt(r**2 + sd**2)), self.time_scale * np.log(r) / 4)
 
     def target(self, schedule: Schedule, t: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
         """(b_x0, b_n): what F should be at (t, x0, n) is b_x0 x0 + b_n n, so that D = x0."""
@@ -121,10 +172,18 @@ class DeviceCoefficients:
     is 0 nothing is raised, and what divides by it is infinite.
     """
 
+    @staticmethod
+    def know(schedule: Schedule, prediction: Prediction) -> bool:
+        """Whether the op has this path: a user's own Schedule and a network trained on another path are left to the host."""
+        return type(schedule) in LAWS and prediction.trained is None and prediction.kind != "ve"
+
     def __init__(self, schedule: Schedule, prediction: Prediction):
-        if type(schedule) not in LAWS:
+        if not self.know(schedule, prediction):
             known = ", ".join(kind.__name__ for kind in LAWS)
-            raise ValueError(f"schedule: {type(schedule).__name__} is not computed on the device; use one of {known}")
+            raise ValueError(
+                f"schedule: {type(schedule).__name__} is not computed on the device; use one of {known}, and a prediction "
+                f"other than 've' and without `trained`, got {prediction}"
+            )
         law, fields = LAWS[type(schedule)]
         consistency = prediction.kind == "consistency"
         self.arguments: dict[str, Any] = {
@@ -153,23 +212,32 @@ class Denoiser:
 
     def __init__(self, network, schedule: Schedule, prediction: Prediction):
         self.network, self.schedule, self.prediction = network, schedule, prediction
-        self.on_device = DeviceCoefficients(schedule, prediction)
+        known = DeviceCoefficients.know(schedule, prediction)
+        self.on_device = DeviceCoefficients(schedule, prediction) if known else None
 
     def coefficients(self, t: ArrayLike) -> Coefficients:
         return self.prediction.coefficients(self.schedule, t)
 
-    def __call__(self, x: Tensor, t: Tensor | ArrayLike, labels: Tensor | None = None) -> Tensor:
-        """x [B, C, H, W], t [B] or one time for all -> D [B, C, H, W].
+    def _columns(self, x: Tensor, t: Tensor | ArrayLike) -> list[Tensor]:
+        """c_skip, c_out, c_in, c_noise [B, 1, ...] float32; on the host for times given there and paths that no op knows."""
+        if self.on_device is not None and isinstance(t, Tensor):
+            table = self.on_device(t.to(x.device).expand(x.shape[0]), torch.float32)[:, Column.SKIP :]
+        else:
+            t = t.double().cpu().numpy() if isinstance(t, Tensor) else np.asarray(t, dtype=np.float64)
+            c = self.coefficients(np.broadcast_to(t, (x.shape[0],)))
+            stacked = np.stack((c.c_skip, c.c_out, c.c_in, c.c_noise), -1)
+            table = torch.from_numpy(stacked).to(x.device, torch.float32)
+        return [column.reshape(-1, *[1] * (x.dim() - 1)) for column in table.t()]
 
-        A tensor t is not read on the host, and D is differentiable in it.
+    def __call__(self, x: Tensor, t: Tensor | ArrayLike, labels: Tensor | None = None, **extra: Tensor) -> Tensor:
+        """x [B, C, H, W], t [B] or one time for all -> D [B, C, H, W]; `extra` goes to the network.
+
+        A tensor t is not read on the host, and D is differentiable in it, where `DeviceCoefficients.know` the path.
         """
-        if not isinstance(t, Tensor):
-            self.coefficients(t)  # refuses what has no D
-            t = torch.as_tensor(t, dtype=torch.float64)
-        t = t.to(x.device).expand(x.shape[0])
-        columns = self.on_device(t, torch.float32).t()
-        c_skip, c_out, c_in, c_noise = (c.reshape(-1, *[1] * (x.dim() - 1)) for c in columns[Column.SKIP :])
-        out = self.network(c_in * x, c_noise.flatten(), *([] if labels is None else [labels]))
+        c_skip, c_out, c_in, c_noise = self._columns(x, t)
+        out = self.network(c_in * x, c_noise.flatten(), *([] if labels is None else [labels]), **extra)
+        if self.prediction.learned_variance:
+            out = out[:, : x.shape[1]]
         return c_skip * x + c_out * out.to(torch.float32)
 
     def noise(self, x0: Tensor, seeds: Tensor, *times: np.ndarray, draw: int = 0) -> Tensor:

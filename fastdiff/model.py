@@ -5,28 +5,23 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from fastdiff import schedules
+from fastdiff import checkpoints, schedules
+from fastdiff.checkpoints import CheckpointError, Convention, files
 from fastdiff.denoiser import Denoiser, Prediction
-from fastdiff.nn import PositionalEmbedding
 from fastdiff.schedules import Schedule
 from fastdiff.unet import UNet, UNetConfig
 
 ASSETS = Path(__file__).parent / "assets"
 FORMAT = 1
 FAMILIES = ("diffusion", "consistency")
-
-
-class CheckpointError(ValueError):
-    """A file is no fastdiff checkpoint, or a damaged one; the message says which and what to do."""
 
 
 @dataclasses.dataclass
@@ -37,6 +32,7 @@ class Model:
     shape: (C, H, W) of one image; labels: number of classes, 0 for an unconditional model.
     times: recommended times of the evaluations for each nfe, {2: [80.0, 0.821]}.
     info: provenance, plain JSON values: licence, training command, data.
+    convention: how the original of an imported network is called; `net` and `denoise` follow it.
     """
 
     network: Callable[..., Tensor]
@@ -47,6 +43,7 @@ class Model:
     labels: int = 0
     times: dict[int, list[float]] = dataclasses.field(default_factory=dict)
     info: dict[str, Any] = dataclasses.field(default_factory=dict)
+    convention: Convention = dataclasses.field(default_factory=Convention)
 
     def __post_init__(self):
         if self.family not in FAMILIES:
@@ -57,6 +54,40 @@ class Model:
     @property
     def denoiser(self) -> Denoiser:
         return Denoiser(self.network, self.schedule, self.prediction)
+
+    def net(
+        self,
+        x: Tensor,
+        c_noise: Tensor | float,
+        labels: Tensor | None = None,
+        augment_labels: Tensor | None = None,
+    ) -> Tensor:
+        """The raw network as its original defines it: x [B, C, H, W], c_noise [B] or one for all -> its output.
+
+        Labels are int64 [B] or one-hot [B, labels]. An imported network gets what its own code gives it (a noise level, an
+        index) and returns what that returns.
+        """
+        about, extra = self.convention, _extra(labels, augment_labels)
+        c = torch.as_tensor(c_noise, device=x.device).to(torch.float32).expand(len(x))
+        level = c.reshape(-1, *[1] * (x.dim() - 1))
+        y = self.network(2 * x - 1 if about.unit_range else x, c.log() if about.log_level else c, **extra)
+        return y / level if about.divided else y
+
+    def denoise(
+        self,
+        x: Tensor,
+        t: Tensor | float,
+        labels: Tensor | None = None,
+        augment_labels: Tensor | None = None,
+    ) -> Tensor:
+        """D(x, t), the estimate of the image, float32; t [B] or one for all in the schedule's own time.
+
+        x and D are in the original's range of values, and so is the noise level where that is [0, 1].
+        """
+        extra = _extra(labels, augment_labels)
+        if not self.convention.unit_range:
+            return self.denoiser(x, t, **extra)
+        return (self.denoiser(2 * x - 1, 2 * torch.as_tensor(t), **extra) + 1) / 2
 
     @property
     def device(self) -> torch.device:
@@ -80,17 +111,20 @@ class Model:
     def _description(self) -> dict[str, Any]:
         network: dict[str, Any] = {"class": type(self.network).__name__}
         if isinstance(self.network, UNet):
-            network["config"] = dataclasses.asdict(self.network.config)
-        return {
+            network["config"] = self.network.config.describe()
+        description = {
             "format": FORMAT,
             "network": network,
             "schedule": schedules.to_dict(self.schedule),
-            "prediction": dataclasses.asdict(self.prediction),
+            "prediction": self.prediction.describe(),
             "family": self.family,
             "shape": self.shape,
             "labels": self.labels,
             "times": {str(k): v for k, v in self.times.items()},
         }
+        if self.convention != Convention():
+            description["convention"] = dataclasses.asdict(self.convention)
+        return description
 
     def save(self, path: str | os.PathLike, dtype: torch.dtype | None = None) -> None:
         """Write one .safetensors file, all of it or nothing; `dtype` (torch.float16, say) is that of the stored weights."""
@@ -102,6 +136,12 @@ class Model:
         state = {k: (v.to(dtype) if dtype and v.is_floating_point() else v).contiguous() for k, v in self.state.items()}
         metadata = {"fastdiff": json.dumps(self._description() | {"info": self.info})}
         atomically(path, lambda temporary: save_file(state, temporary, metadata=metadata))
+
+
+def _extra(labels: Tensor | None, augment_labels: Tensor | None) -> dict[str, Tensor]:
+    """What a network is called with beside x and c_noise."""
+    given = {"labels": labels, "augment_labels": augment_labels}
+    return {name: value for name, value in given.items() if value is not None}
 
 
 def atomically(path: str | os.PathLike, write: Callable[[str], None]) -> None:
@@ -165,23 +205,81 @@ def wrap(
     return Model(network, schedule, prediction, family, shape, labels)
 
 
+def from_state_dict(
+    state: Mapping[str, Tensor],
+    family: str,
+    class_name: str | None = None,
+    **config: Any,
+) -> Model:
+    """A model from another project's weights, which stay as they are.
+
+    Args:
+        state: the original's state dict; weights of any floating type become float32.
+        family: "diffusers", "edm", "openai" or "score_sde".
+        class_name: the original's class; by default UNet2DModel, EDMPrecond, UNetModel, NCSNpp.
+        config: the arguments it was built with, under its own names. OpenAI's networks need none of them where shapes tell
+            all but `image_size`; `use_new_attention_order` says what shapes cannot.
+
+    Raises: ValueError for an unknown family; CheckpointError that names what cannot be read, is missing, unexpected or of
+    another shape.
+    """
+    network, about = checkpoints.convert({**state}, family, class_name, config, "state: the weights")
+    return imported(network, about)
+
+
+def imported(network: UNet, about: checkpoints.About) -> Model:
+    """The model of a network from elsewhere."""
+    config = network.config
+    shape = (config.in_channels, config.resolution, config.resolution)
+    return Model(
+        network,
+        about.schedule,
+        about.prediction,
+        about.family,
+        shape,
+        config.labels,
+        info=about.info,
+        convention=about.convention,
+    )
+
+
 def packaged(nfe: int | None = None) -> Path:
     """The packaged MNIST model: the consistency model up to 8 evaluations, its EDM teacher beyond."""
     return ASSETS / ("mnist-edm.safetensors" if nfe is not None and nfe > 8 else "mnist-ect.safetensors")
 
 
-def load(source: str | os.PathLike | Model, device: str | torch.device = "cpu") -> Model:
-    """Read a model from a fastdiff checkpoint, or pass a `Model` through.
+def load(source: Any, device: str | torch.device = "cpu", **config: Any) -> Model:
+    """Read a model from a checkpoint of ours or of another project, told by its content, or pass a `Model` through.
 
     Args:
-        source: a path, or the name of a packaged model ("mnist-ect", "mnist-edm"). No code in the file is run.
+        source: a path, the name of a packaged model ("mnist-ect", "mnist-edm"), or a diffusers UNet2DModel or unconditional
+            pipeline in memory. Files: ours, a folder of such a diffusers model or pipeline, EDM's pickles, state dicts of
+            OpenAI's diffusion models, checkpoints of score_sde (the moving averages are taken). No code in a file is run.
         device: where the weights go.
+        config: what a file of another project does not say, see `from_state_dict`; for OpenAI's and score_sde's also
+            `preset`, the name of a published model.
 
     Raises: FileNotFoundError; CheckpointError for a truncated, foreign or inconsistent file, or weights that are not
     finite; TypeError for anything else, a network without its schedule in particular.
     """
     if isinstance(source, Model):
         return source
+    foreign = files.of_object(source)
+    if foreign is None:
+        path = _path(source)
+        found = files.read(path, config)
+        if isinstance(found, files.Native):
+            return _build(path, found, device)
+        foreign, what = found, f"in {path}"
+    else:
+        what = f"of the {type(source).__name__}"
+    network, about = checkpoints.convert(
+        foreign.state, foreign.family, foreign.class_name, foreign.config, f"model: the weights {what}"
+    )
+    return imported(network.to(device), about)
+
+
+def _path(source: Any) -> Path:
     if isinstance(source, nn.Module) or callable(source):
         raise TypeError(
             f"model: a {type(source).__name__} alone does not say how it was trained; wrap it with its schedule and "
@@ -192,64 +290,33 @@ def load(source: str | os.PathLike | Model, device: str | torch.device = "cpu") 
     path = Path(source)
     if not path.exists() and (ASSETS / f"{source}.safetensors").is_file():
         path = ASSETS / f"{source}.safetensors"
-    if not path.is_file():
+    if not path.exists():
         names = ", ".join(sorted(p.stem for p in ASSETS.glob("*.safetensors")))
         raise FileNotFoundError(f"model: {source} is no file; give the path of a checkpoint or a packaged name ({names})")
-    description, state = _read(path)
-    return _build(path, description, state, device)
+    return path
 
 
-def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def _build(path: Path, found: files.Native, device: str | torch.device) -> Model:
+    """A model of our own file."""
     try:
-        with safe_open(path, "pt") as file:
-            metadata = file.metadata() or {}
-            state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - safe_open is no mapping
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(
-            f"model: {path} is truncated or not a .safetensors file ({error}); copy it again or give another file"
-        ) from error
-    if "fastdiff" not in metadata:
-        raise CheckpointError(
-            f"model: {path} is a .safetensors file of another program: it has no fastdiff description. Build the network "
-            f"yourself, load these weights into it and use fastdiff.wrap(net, schedule=..., prediction=...)"
-        )
-    try:
-        description = json.loads(metadata["fastdiff"])
-    except json.JSONDecodeError as error:
+        description = json.loads(found.description)
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"model: the description in {path} is damaged ({error}); copy it again") from error
-    if description.get("format") != FORMAT:
-        raise CheckpointError(
-            f"model: {path} has format {description.get('format')}, this fastdiff reads {FORMAT}; update fastdiff"
-        )
-    return description, state
-
-
-def _build(path: Path, description: dict[str, Any], state: dict[str, Tensor], device) -> Model:
-    for key, value in state.items():
-        if value.is_floating_point() and not torch.isfinite(value).all():
-            bad = int((~torch.isfinite(value)).sum())
-            raise CheckpointError(
-                f"model: {bad} of {value.numel()} weights of {key} in {path} are NaN or infinite; training diverged or the "
-                f"file is damaged, use an earlier checkpoint"
-            )
+    version = description.get("format") if isinstance(description, dict) else None
+    if version != FORMAT:
+        raise CheckpointError(f"model: {path} has format {version}, this fastdiff reads {FORMAT}; update fastdiff")
     try:
-        with torch.device("meta"):
-            network = UNet(UNetConfig(**description["network"]["config"]))
+        network = checkpoints.build(UNetConfig(**description["network"]["config"]))
         about = {
             "schedule": schedules.from_dict(description["schedule"]),
-            "prediction": Prediction(**description["prediction"]),
+            "prediction": Prediction.from_dict(description["prediction"]),
             "family": description["family"],
             "shape": tuple(description["shape"]),
             "labels": description["labels"],
             "times": {int(k): v for k, v in description["times"].items()},
+            "convention": Convention(**description.get("convention", {})),
         }
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError, OverflowError, ZeroDivisionError, RuntimeError) as error:
         raise CheckpointError(f"model: the description in {path} is incomplete or inconsistent: {error!r}") from error
-    network = network.to_empty(device="cpu")
-    try:
-        network.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in state.items()})
-    except RuntimeError as error:
-        raise CheckpointError(f"model: the weights in {path} do not fit its own description: {error}") from error
-    if isinstance(network.time, PositionalEmbedding):
-        network.time.reset()
-    return Model(network.to(device).eval().requires_grad_(False), **about, info=description.get("info", {}))
+    checkpoints.fill(network, checkpoints.Layout(), found.state, f"model: the weights in {path}")
+    return Model(network.to(device), **about, info=description.get("info", {}))

@@ -37,8 +37,10 @@ def _order_matters(x: Tensor) -> bool:
 class Conv2d(nn.Conv2d):
     """Same-size convolution (stride 1) or halving convolution (stride 2), initialised as in DDPM."""
 
-    def __init__(self, inputs: int, outputs: int, kernel: int = 3, stride: int = 1, gain: float = 1.0):
-        super().__init__(inputs, outputs, kernel, stride, padding=kernel // 2)
+    def __init__(
+        self, inputs: int, outputs: int, kernel: int = 3, stride: int = 1, gain: float = 1.0, padding: int | None = None
+    ):
+        super().__init__(inputs, outputs, kernel, stride, padding=kernel // 2 if padding is None else padding)
         _initialise(self, gain)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -48,8 +50,8 @@ class Conv2d(nn.Conv2d):
             return self._pointwise(x)
         if x.shape[0] > 1:
             return super().forward(x)
-        padding = [k // 2 for k in self.kernel_size]
-        return torch.mkldnn_convolution(x, self.weight, self.bias, padding, self.stride, self.dilation, self.groups)
+        assert not isinstance(self.padding, str)
+        return torch.mkldnn_convolution(x, self.weight, self.bias, self.padding, self.stride, self.dilation, self.groups)
 
     def _pointwise(self, x: Tensor) -> Tensor:
         """A 1x1 convolution as one matrix product per image, which is channels-last already."""
@@ -64,8 +66,8 @@ class Conv2d(nn.Conv2d):
 class Linear(nn.Linear):
     """Fully connected layer, initialised as in DDPM."""
 
-    def __init__(self, inputs: int, outputs: int, gain: float = 1.0):
-        super().__init__(inputs, outputs)
+    def __init__(self, inputs: int, outputs: int, gain: float = 1.0, bias: bool = True):
+        super().__init__(inputs, outputs, bias)
         _initialise(self, gain)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -113,13 +115,52 @@ class Attention(nn.Module):
         return (x + y) * self.skip_scale
 
 
-def resample(x: Tensor, change: str) -> Tensor:
-    """Halve by 2x2 means ("down"), double by nearest neighbour ("up"), or leave as it is ("")."""
-    if change == "down":
-        return functional.avg_pool2d(x, 2)
-    if change == "up":
-        return functional.interpolate(x, scale_factor=2, mode="nearest")
+def fir(x: Tensor, taps: Tensor, up: int = 1, down: int = 1, pad: tuple[int, int] = (0, 0)) -> Tensor:
+    """Per axis: up - 1 zeros after each pixel, p0 and p1 zeros around, convolution with taps [T], every down-th value."""
+    b, c, h, w = x.shape
+    if up > 1:
+        x = functional.pad(x.reshape(b, c, h, 1, w, 1), (0, up - 1, 0, 0, 0, up - 1)).reshape(b, c, h * up, w * up)
+    x = functional.pad(x, (*pad, *pad))
+    taps = taps.to(x.dtype).flip(0)
+    for dim in (2, 3):
+        windows = x.unfold(dim, len(taps), down).unbind(-1)
+        x = sum((w * t for w, t in zip(windows[1:], taps[1:], strict=True)), windows[0] * taps[0])
     return x
+
+
+class Resample(nn.Module):
+    """Halve ("down") or double ("up") an image with a filter; "" leaves it as it is.
+
+    The filter (1, 1) is a mean of 2x2 pixels down and nearest neighbour up; (1, 3, 3, 1) is NCSN++'s. Zeros lie outside.
+    """
+
+    taps: Tensor
+
+    def __init__(self, change: str, filter: tuple[float, ...] = (1, 1)):
+        super().__init__()
+        self.change, self.filter, self.box = change, tuple(filter), tuple(filter) == (1, 1)
+        self.reset()
+
+    def reset(self) -> None:
+        """Compute the filter, which no checkpoint holds: its sum is 1 down and 2 up, where every other pixel is 0."""
+        taps = torch.tensor(self.filter, dtype=torch.float64)
+        taps = taps / taps.sum() * (2 if self.change == "up" else 1)
+        self.register_buffer("taps", taps.float(), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.change:
+            return x
+        over = len(self.filter) - 2
+        if self.change == "down":
+            if self.box:
+                return functional.avg_pool2d(x, 2)
+            return fir(x, self.taps, down=2, pad=((over + 1) // 2, over // 2))
+        if self.box:
+            return functional.interpolate(x, scale_factor=2, mode="nearest")
+        return fir(x, self.taps, up=2, pad=((over + 1) // 2 + 1, over // 2))
+
+    def extra_repr(self) -> str:
+        return f"{self.change or 'nothing'}, filter={self.filter}"
 
 
 class ResBlock(nn.Module):
@@ -133,6 +174,7 @@ class ResBlock(nn.Module):
         super().__init__()
         eps, groups = config.eps, config.groups_of
         self.change, self.conditioning, self.skip_scale = change, config.conditioning, config.skip_scale
+        self.resample = Resample(change, config.filter)
         self.norm0 = GroupNormSiLU(inputs, groups(inputs), eps)
         self.conv0 = Conv2d(inputs, outputs)
         self.condition = Linear(config.embedding_width, outputs * (2 if self.conditioning == "scale_shift" else 1))
@@ -142,10 +184,11 @@ class ResBlock(nn.Module):
         project = inputs != outputs or (change and config.project_resampled)
         self.skip = Conv2d(inputs, outputs, kernel=1) if project else None
         heads = config.heads_of(outputs)
+        attention = attention and heads > 0
         self.attention = Attention(outputs, heads, groups(outputs), eps, self.skip_scale) if attention else None
 
     def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
-        h = self.conv0(resample(self.norm0(x), self.change))
+        h = self.conv0(self.resample(self.norm0(x)))
         condition = self.condition(embedding)
         if self.conditioning == "scale_shift":
             scale, shift = condition.chunk(2, dim=1)
@@ -153,7 +196,7 @@ class ResBlock(nn.Module):
         else:
             h = self.norm1(h, add=condition)
         h = self.conv1(self.dropout(h))
-        x = resample(x, self.change)
+        x = self.resample(x)
         x = (x if self.skip is None else self.skip(x)) + h
         if self.skip_scale != 1:
             x = x * self.skip_scale
@@ -161,25 +204,75 @@ class ResBlock(nn.Module):
 
 
 class Downsample(nn.Module):
-    """Halving by a 3x3 convolution of stride 2 (DDPM)."""
+    """Halving by a 3x3 convolution of stride 2, with zeros all around or, as in DDPM, at the right and bottom only."""
 
-    def __init__(self, channels: int):
+    change = "down"
+
+    def __init__(self, channels: int, end: bool = False):
         super().__init__()
-        self.conv = Conv2d(channels, channels, stride=2)
+        self.conv = Conv2d(channels, channels, stride=2, padding=0 if end else 1)
+        self.end = end
 
     def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
-        return self.conv(x)
+        return self.conv(functional.pad(x, (0, 1, 0, 1)) if self.end else x)
 
 
 class Upsample(nn.Module):
     """Doubling by nearest neighbour and a 3x3 convolution (DDPM)."""
 
+    change = "up"
+
     def __init__(self, channels: int):
         super().__init__()
+        self.resample = Resample("up")
         self.conv = Conv2d(channels, channels)
 
     def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
-        return self.conv(resample(x, "up"))
+        return self.conv(self.resample(x))
+
+
+class SkipPyramid(nn.Module):
+    """NCSN++ "input skip": a halved copy of the image enters every level through a 1x1 convolution."""
+
+    def __init__(self, image: int, channels: int, config):
+        super().__init__()
+        self.resample = Resample("down", config.filter)
+        self.conv = Conv2d(image, channels, kernel=1)
+
+    def forward(self, image: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        image = self.resample(image)
+        return image, x + self.conv(image)
+
+
+class ResidualPyramid(nn.Module):
+    """NCSN++ "input residual": the image, halved by filter and convolution, is added at every level."""
+
+    def __init__(self, image: int, channels: int, config):
+        super().__init__()
+        self.resample = Resample("down", config.filter)
+        self.conv = Conv2d(image, channels, stride=2, padding=0)
+        self.skip_scale = config.skip_scale
+
+    def forward(self, image: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        # Filter and convolution see zeros around the image only once: they are one convolution, of stride 2.
+        pad = (len(self.resample.filter) + 1) // 2
+        image = self.conv(fir(image, self.resample.taps, pad=(pad, pad)))
+        x = (x + image) * self.skip_scale
+        return x, x
+
+
+class ImageHead(nn.Module):
+    """NCSN++ "output skip": conv(norm(x)), added to the doubled image of the level below."""
+
+    def __init__(self, channels: int, image: int, config):
+        super().__init__()
+        self.norm = GroupNormSiLU(channels, config.groups_of(channels), config.eps)
+        self.conv = Conv2d(channels, image, gain=0)
+        self.resample = Resample("up", config.filter)
+
+    def forward(self, x: Tensor, image: Tensor | None) -> Tensor:
+        y = self.conv(self.norm(x))
+        return self.resample(y if image is None else y + image)
 
 
 class PositionalEmbedding(nn.Module):

@@ -1,6 +1,7 @@
 """Predictions: whatever the network stands for, a perfect one gives D = x0."""
 
 import dataclasses
+import json
 
 import numpy as np
 import pytest
@@ -160,3 +161,82 @@ def test_bad_kinds():
         Prediction("noise")
     with pytest.raises(ValueError, match="'flow' is n - x0 on the path of Flow, not of VP"):
         Prediction("flow").coefficients(VP(), 0.5)
+
+
+@pytest.mark.parametrize("trained", [VP(), DDPM()], ids=lambda s: s.name)
+@pytest.mark.parametrize("kind", ["eps", "x0", "v"])
+def test_networks_of_another_path(trained, kind):
+    """On sigma as on its own path: the same D for x / alpha, and the network is given the very same input."""
+    rng = np.random.default_rng(0)
+    x0, n = rng.uniform(-1, 1, 50), rng.standard_normal(50)
+    own, other = Prediction(kind, time_scale=3.0), Prediction(kind, time_scale=3.0, trained=trained)
+    for t in interior(trained):
+        r, alpha = float(trained.ratio(t)), float(trained.alpha(t))
+        a, b = own.coefficients(trained, t), other.coefficients(EDM(), r)
+        x = alpha * x0 + trained.sigma(t) * n
+        np.testing.assert_allclose(b.c_in * (x / alpha), a.c_in * x, rtol=1e-9)
+        np.testing.assert_allclose(b.c_noise, a.c_noise, rtol=1e-6)
+        np.testing.assert_allclose(b.c_skip * x / alpha + b.c_out * n, a.c_skip * x + a.c_out * n, rtol=1e-6, atol=1e-9)
+
+
+def test_vp_of_edm():
+    """Karras 2022, table 1, column VP: D = x - s F(x / sqrt(1 + s^2), 999 t(s))."""
+    s = np.array([0.01, 1.0, 100.0])
+    c = Prediction("eps", time_scale=999.0, trained=VP()).coefficients(EDM(), s)
+    t = (np.sqrt(0.1**2 + 2 * 19.9 * np.log(1 + s**2)) - 0.1) / 19.9
+    for got, expected in ((c.c_skip, 1 + 0 * s), (c.c_out, -s), (c.c_in, 1 / np.sqrt(1 + s**2)), (c.c_noise, 999 * t)):
+        np.testing.assert_allclose(got, expected, rtol=1e-9)
+
+
+def test_iddpm_of_edm():
+    """Column iDDPM: 999 less the index of the nearest u_j, u_j from the recursion of the paper."""
+    u = np.zeros(1001)
+    bar = np.sin(0.5 * np.pi * np.arange(1001) / 1000 / 1.008) ** 2
+    for j in range(1000, 0, -1):
+        u[j - 1] = np.sqrt((u[j] ** 2 + 1) / max(bar[j - 1] / bar[j], 0.001) - 1)
+    s = np.geomspace(0.001, 3e4, 200)
+    index = np.abs(s[:, None] - u).argmin(1)
+    c = Prediction("eps", trained=DDPM(law="cosine"), rounded=True).coefficients(EDM(), s)
+    np.testing.assert_array_equal(c.c_noise, 999 - index)
+    np.testing.assert_allclose(c.c_out, -s, rtol=1e-12)
+    np.testing.assert_allclose(c.c_in, 1 / np.sqrt(1 + s**2), rtol=1e-12)
+
+
+def test_ve_convention():
+    """Column VE: D = x + s F(x, ln(s / 2))."""
+    s = np.array([0.02, 1.0, 100.0])
+    c = Prediction("ve", time_scale=0.5).coefficients(VE(), s)
+    for got, expected in ((c.c_skip, 1 + 0 * s), (c.c_out, s), (c.c_in, 1 + 0 * s), (c.c_noise, np.log(s / 2))):
+        np.testing.assert_allclose(got, expected, rtol=1e-12)
+
+
+def test_learned_variance_is_no_part_of_D():
+    """Of 2C channels the first C are F."""
+    net = lambda x, t: torch.cat((x, 5 + x), 1)  # noqa: E731
+    x = torch.randn(2, 3, 4, 4)
+    whole = Denoiser(lambda x, t: x, DDPM(), Prediction())(x, 500.0)
+    assert torch.equal(Denoiser(net, DDPM(), Prediction(learned_variance=True))(x, 500.0), whole)
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"trained": EDM()}, "trained: .*use VP or DDPM, and eps, x0 or v"),
+        ({"trained": SubVP()}, "trained: "),
+        ({"trained": VP(), "kind": "score"}, "trained: "),
+        ({"trained": VP(), "rounded": True}, "rounded: only the times of a discrete schedule"),
+    ],
+)
+def test_bad_trained(values, words):
+    with pytest.raises(ValueError, match=words):
+        Prediction(**values)
+
+
+@pytest.mark.parametrize(
+    "prediction",
+    [Prediction(), Prediction("edm", 0.4), Prediction("eps", trained=DDPM(T=10), rounded=True, learned_variance=True)],
+)
+def test_description(prediction):
+    values = prediction.describe()
+    assert Prediction.from_dict(json.loads(json.dumps(values))) == prediction
+    assert set(Prediction().describe()) == {"kind", "sigma_data", "time_scale", "raw"}

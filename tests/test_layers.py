@@ -11,7 +11,7 @@ ROOT = Path(fastdiff.__file__).parent
 FILES = sorted(ROOT.rglob("*.py"))
 
 # Floors from the top; a module may import from its own floor's own part and from every floor below.
-# unet and plan/samplers are two wings of one floor: neither imports the other.
+# unet/checkpoints and plan/samplers are two wings of one floor: neither imports the other.
 FLOORS = [
     {"__main__"},
     {"cli"},
@@ -19,14 +19,14 @@ FLOORS = [
     {"sample", "training", "info", "images"},
     {"request"},
     {"model"},
-    {"plan", "samplers", "unet"},
+    {"plan", "samplers", "unet", "checkpoints"},
     {"denoiser", "nn", "stepwise"},
     {"schedules"},
     {"ops"},
     {"kernels", "_C", "version"},
 ]
-# Allowed within a floor: training draws sample grids, samplers return Plans.
-SIDEWAYS = {("training", "sample"), ("training", "images"), ("samplers", "plan")}
+# Allowed within a floor: training draws sample grids, samplers return Plans, checkpoints become UNets.
+SIDEWAYS = {("training", "sample"), ("training", "images"), ("samplers", "plan"), ("checkpoints", "unet")}
 # Written below what it needs by design: the op registry loads back ends; everything may say its version.
 FLOOR = {part: i for i, parts in enumerate(FLOORS) for part in parts}
 

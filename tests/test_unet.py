@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fastdiff import UNet, UNetConfig
-from fastdiff.nn import Attention, FourierEmbedding, PositionalEmbedding
+from fastdiff.nn import Attention, FourierEmbedding, PositionalEmbedding, Resample
 
 TINY = UNetConfig(
     resolution=8,
@@ -19,6 +19,8 @@ TINY = UNetConfig(
     groups=4,
     dropout=0.0,
 )
+SMALL = {"resolution": 8, "in_channels": 1, "out_channels": 1, "channels": 8}
+SMALL |= {"multipliers": (1, 2), "blocks": 1, "attention": (4,)}
 VARIANTS = {
     "ddpm": TINY,
     "adm": dataclasses.replace(TINY, conditioning="scale_shift", resampling="block", head_channels=4, labels=3),
@@ -26,6 +28,10 @@ VARIANTS = {
         TINY, attention_up="last", resampling="block", project_resampled=True, skip_scale=0.5**0.5, group_channels=4
     ),
     "fourier": dataclasses.replace(TINY, embedding="fourier", labels=3),
+    "ncsnpp": UNetConfig.ncsnpp(**SMALL, label_input=True, labels=3, augment=2),
+    "ncsnpp-skip": UNetConfig.ncsnpp(**SMALL, input_pyramid="skip", output_pyramid="skip"),
+    "wide-time": dataclasses.replace(TINY, channels=4, multipliers=(2, 4), time_multiplier=2, heads=2, frequency_shift=0),
+    "tf-padding": dataclasses.replace(TINY, resampling="conv_end"),
 }
 
 
@@ -48,11 +54,16 @@ def inputs(config, n=2, size=None):
 
 @pytest.mark.parametrize(
     ("config", "count"),
-    [(UNetConfig(), 35_746_307), (UNetConfig.ddpmpp(), 55_732_739)],
-    ids=["ddpm", "ddpm++"],
+    [
+        (UNetConfig(), 35_746_307),
+        (UNetConfig.ddpmpp(), 55_732_739),
+        (UNetConfig.ncsnpp(), 56_395_523),
+        (UNetConfig.adm(), 295_899_267),
+    ],
+    ids=["ddpm", "ddpm++", "ncsn++", "adm"],
 )
 def test_parameter_counts(config, count):
-    """DDPM's CIFAR-10 network and DDPM++ (55.73 M); built without memory."""
+    """DDPM's CIFAR-10 network, DDPM++ (55.73 M), NCSN++ and ADM for ImageNet-64 (295.9 M); built without memory."""
     with torch.device("meta"):
         net = UNet(config)
     assert sum(p.numel() for p in net.parameters()) == count
@@ -63,7 +74,8 @@ def test_gradients_reach_every_parameter(name):
     config = VARIANTS[name]
     net = awake(config)
     x, c, labels = inputs(config, 3)
-    net(x, c, labels).square().mean().backward()
+    augment = torch.randn(3, config.augment) if config.augment else None
+    net(x, c, labels, augment).square().mean().backward()
     dead = [k for k, p in net.named_parameters() if p.grad is None or not p.grad.any()]
     assert not dead
 
@@ -82,6 +94,64 @@ def test_depends_on_everything(name):
         # no sample sees another
         alone = net(x[1:], c[1:], None if labels is None else labels[1:])
         torch.testing.assert_close(alone, y[1:], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["adm", "ncsnpp"])
+def test_one_hot_labels(name):
+    """One-hot rows pick what indices pick; augmentation labels change the image only where they are not zero."""
+    config = VARIANTS[name]
+    net = awake(config)
+    x, c, labels = inputs(config, 3)
+    with torch.no_grad():
+        y = net(x, c, labels)
+        torch.testing.assert_close(net(x, c, torch.eye(3)[labels]), y, rtol=1e-6, atol=1e-6)
+        if config.augment:
+            torch.testing.assert_close(net(x, c, labels, torch.zeros(3, 2)), y, rtol=0, atol=0)
+            assert (net(x, c, labels, torch.ones(3, 2)) - y).abs().max() > 1e-4
+    if not config.augment:
+        with pytest.raises(ValueError, match="augment_labels: this network was not trained with augmentation"):
+            net(x, c, labels, torch.ones(3, 2))
+
+
+def test_labels_optional():
+    """Where labels are optional, leaving them out is a row of zeros."""
+    config = dataclasses.replace(VARIANTS["adm"], label_optional=True)
+    net = awake(config)
+    x, c, _ = inputs(config)
+    with torch.no_grad():
+        torch.testing.assert_close(net(x, c), net(x, c, torch.zeros(2, 3)), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("taps", [(1, 1), (1, 3, 3, 1), (1, 5, 10, 10, 5, 1)])
+@pytest.mark.parametrize("size", [(8, 8), (2, 6)])
+def test_resample(taps, size):
+    """Against one dense convolution: outer product of the filter over its sum, stride 2; transposed and times 4 up."""
+    torch.manual_seed(0)
+    x = torch.randn(2, 3, *size)
+    f = torch.tensor(taps, dtype=torch.float64)
+    kernel = (f[:, None] * f / f.sum() ** 2).expand(3, 1, -1, -1)
+    pad = (len(taps) - 1) // 2
+    down = torch.nn.functional.conv2d(x.double(), kernel, stride=2, padding=pad, groups=3)
+    up = torch.nn.functional.conv_transpose2d(x.double(), 4 * kernel, stride=2, padding=pad, groups=3)
+    torch.testing.assert_close(Resample("down", taps)(x).double(), down, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(Resample("up", taps)(x).double(), up, rtol=1e-6, atol=1e-6)
+    assert torch.equal(Resample("", taps)(x), x)
+
+
+def test_heads_and_narrow_blocks():
+    """head_channels: C / head_channels heads, and no attention in narrower blocks, the middle's included (EDM's ADM)."""
+    config = dataclasses.replace(TINY, head_channels=16, attention=(8, 4))
+    net = UNet(config)
+    assert net.down[0].attention is None and net.down[2].attention.heads == 1
+    assert UNet(dataclasses.replace(config, head_channels=32)).middle[0].attention is None
+    assert UNet(dataclasses.replace(TINY, attention_middle=False)).middle[0].attention is None
+
+
+def test_description_leaves_out_younger_defaults():
+    """Descriptions written before a field existed are those of its default."""
+    assert "heads" not in TINY.describe() and "labels" in TINY.describe()
+    for config in VARIANTS.values():
+        assert UNetConfig(**config.describe()) == config
 
 
 def test_starts_as_zero():
@@ -203,6 +273,13 @@ def test_labels_required_or_refused():
         ({"resampling": "fir"}, "UNetConfig.resampling: 'fir'"),
         ({"embedding": "learned"}, "UNetConfig.embedding: 'learned'"),
         ({"attention_up": "none"}, "UNetConfig.attention_up: 'none'"),
+        ({"input_pyramid": "residue"}, "UNetConfig.input_pyramid: 'residue'"),
+        ({"output_pyramid": "residual"}, "UNetConfig.output_pyramid: 'residual'"),
+        ({"filter": (1, 2, 1)}, r"UNetConfig.filter: \(1, 2, 1\) is not even in length"),
+        ({"filter": (1, 2)}, r"UNetConfig.filter: \(1, 2\) is not even in length and symmetric"),
+        ({"channels": 9}, "UNetConfig.channels: 9 is odd"),
+        ({"blocks": 0}, "UNetConfig.blocks: 0 is too small"),
+        ({"multipliers": (1, 1.3)}, "UNetConfig.multipliers: 1.3 times 8 is no number of channels"),
         ({"resolution": 9}, "UNetConfig.resolution: 9 cannot be halved 1 times; use a multiple of 2"),
     ],
 )

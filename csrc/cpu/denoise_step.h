@@ -18,7 +18,7 @@ struct DenoiseStep {
   View net_in;               // [copies n, c, s]
   View history;              // slot 0
   int64_t slots, slot_stride, copies;
-  int64_t n, c, s;
+  int64_t n, c, s, rows;
   const int64_t* seeds;      // [n]
   const void* coefficients;  // [rows, column::kCount], x's dtype
   const int32_t* codes;      // [rows, code::kCount]

@@ -21,13 +21,12 @@ constexpr double kLargest = 134217728;         // quarter turns: beyond 2^27 the
 constexpr double kToInteger = 6755399441055744;  // 1.5 2^52: adding it rounds to the nearest integer, kept in the low bits
 
 // One row: whole vectors all along, so that rows have room for a multiple of W.
-template <class T> void embed_row(const Embedding& a, double t, const double* turns, float* q, uint32_t* quarter, T* sines, T* cosines) {
-  double largest = 0;
+template <class T>
+void embed_row(const Embedding& a, double t, const double* turns, bool far, float* q, uint32_t* quarter, T* sines, T* cosines) {
   for (int64_t i = 0; i < a.h; ++i) {
-    const double u = t * turns[i], shifted = u + kToInteger, size = u < 0 ? -u : u;
+    const double u = t * turns[i], shifted = u + kToInteger;
     q[i] = static_cast<float>(u - (shifted - kToInteger));
     quarter[i] = static_cast<uint32_t>(bits_as<uint64_t>(shifted));
-    largest = size > largest ? size : largest;
   }
   for (int64_t i = 0; i < a.h; i += W) {
     const int left = a.h - i < W ? static_cast<int>(a.h - i) : W;
@@ -38,8 +37,7 @@ template <class T> void embed_row(const Embedding& a, double t, const double* tu
     if (left == W) store(sines + i, sin), store(cosines + i, cos);
     else store_some(sines + i, sin, left), store_some(cosines + i, cos, left);
   }
-  if (!(largest > kLargest)) return;
-  for (int64_t i = 0; i < a.h; ++i) {
+  for (int64_t i = 0; far && i < a.h; ++i) {
     if (!(__builtin_fabs(t * turns[i]) > kLargest)) continue;
     const double angle = t * a.freqs[i] * a.scale;
     sines[i] = from_float<T>(static_cast<float>(__builtin_sin(angle)));
@@ -52,7 +50,11 @@ template <class T> void embed(const Embedding& a) {
   const int64_t room = (a.h + W - 1) / W * W;
   const Scratch table(room * sizeof(double));
   double* turns = reinterpret_cast<double*>(table.data);
-  for (int64_t i = 0; i < a.h; ++i) turns[i] = a.freqs[i] * (a.scale * kTwoOverPi);
+  double largest = 0;
+  for (int64_t i = 0; i < a.h; ++i) {
+    turns[i] = a.freqs[i] * (a.scale * kTwoOverPi);
+    largest = __builtin_fmax(largest, __builtin_fabs(turns[i]));  // skips NaN
+  }
   parallel_for(a.n, 1 + 4096 / (a.h + 1), [&](int64_t begin, int64_t end) {
     const Scratch memory(room * (sizeof(float) + sizeof(uint32_t)));
     float* q = reinterpret_cast<float*>(memory.data);
@@ -60,7 +62,8 @@ template <class T> void embed(const Embedding& a) {
     for (int64_t i = a.h; i < room; ++i) q[i] = 0, quarter[i] = 0;
     for (int64_t b = begin; b < end; ++b) {
       T *first = out + 2 * b * a.h, *second = first + a.h;
-      embed_row(a, a.t[b], turns, q, quarter, a.sin_first ? first : second, a.sin_first ? second : first);
+      const bool far = !(__builtin_fabs(a.t[b]) * largest <= kLargest);
+      embed_row(a, a.t[b], turns, far, q, quarter, a.sin_first ? first : second, a.sin_first ? second : first);
     }
   });
 }

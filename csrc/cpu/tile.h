@@ -50,6 +50,26 @@ template <class S, class T> FD_INLINE void write_run(T* p, int64_t stride, int64
   }
 }
 
+// The same for all C channels of n pixels that lie pixel by pixel; C is known, so that compilers make shuffles of it.
+template <int C, class S> void split_pixels(const S* __restrict p, int64_t n, S* __restrict out) {
+  for (int64_t i = 0; i < n; ++i)
+#pragma GCC unroll 4
+    for (int c = 0; c < C; ++c) out[c * n + i] = p[i * C + c];
+}
+template <int C, class S> void join_pixels(S* __restrict p, int64_t n, const S* __restrict in) {
+  for (int64_t i = 0; i < n; ++i)
+#pragma GCC unroll 4
+    for (int c = 0; c < C; ++c) p[i * C + c] = in[c * n + i];
+}
+// f(integral constant C) where the tensor is of such pixels with 2, 3 or 4 channels.
+template <class F> bool with_pixels(const View& v, const Tiling& t, F&& f) {
+  if (v.c != 1 || v.s != t.channels) return false;
+  if (t.channels == 3) return f(std::integral_constant<int, 3>{}), true;
+  if (t.channels == 4) return f(std::integral_constant<int, 4>{}), true;
+  if (t.channels == 2) return f(std::integral_constant<int, 2>{}), true;
+  return false;
+}
+
 // Where the tile already lies in memory as S[length]; null where it has to be copied.
 template <class S> S* in_place(const View& v, const Tiling& t, int64_t n, int64_t first) {
   return v.dtype == kDtype<S> && t.channels == 1 && v.s == 1 ? v.at<S>(n, 0, first) : nullptr;
@@ -60,6 +80,8 @@ template <class S> const S* read_tile(const View& v, const Tiling& t, int64_t n,
   if (const S* here = in_place<S>(v, t, n, first)) return here;
   with_dtype(v.dtype, [&](auto type) {
     typedef decltype(type) T;
+    if constexpr (std::is_same_v<S, T>)
+      if (with_pixels(v, t, [&](auto c) { split_pixels<c.value>(v.at<const T>(n, 0, first), length, scratch); })) return;
     for (int64_t c = 0; c < t.channels; ++c) read_run(v.at<const T>(n, c, first), v.s, length, scratch + c * length);
   });
   return scratch;
@@ -68,6 +90,8 @@ template <class S> void write_tile(const View& v, const Tiling& t, int64_t n, in
   if (in_place<S>(v, t, n, first) == in) return;
   with_dtype(v.dtype, [&](auto type) {
     typedef decltype(type) T;
+    if constexpr (std::is_same_v<S, T>)
+      if (with_pixels(v, t, [&](auto c) { join_pixels<c.value>(v.at<T>(n, 0, first), length, in); })) return;
     for (int64_t c = 0; c < t.channels; ++c) write_run(v.at<T>(n, c, first), v.s, length, in + c * length);
   });
 }

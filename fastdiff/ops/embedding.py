@@ -102,7 +102,7 @@ def embedding(
         dtype: of the result; t's by default.
 
     Returns: [B, 2 H]. Differentiable in t and freqs, forward and reverse, any number of times. Where t and freqs are at
-    most float32, values are right to float32's rounding for |angle| <= 1e8; on GPUs the error grows beyond, as |angle| 2^-52.
+    most float32, values are right to float32's rounding for |angle| <= 1e8; on GPUs the error then grows as |angle| 2^-52.
 
     Raises: TypeError, ValueError naming the argument.
 

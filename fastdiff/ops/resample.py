@@ -13,15 +13,9 @@ import torch
 from torch.autograd import forward_ad
 
 from fastdiff.ops import _register
+from fastdiff.ops._layout import image
 
 LIMIT = 2**16  # of up, down and the number of taps; keeps index arithmetic far from 2^63
-
-
-def _empty(x, height, width):
-    """[N, C, height, width] in x's dtype: channels-last where x's channels are neighbours in memory."""
-    last = x.stride(1) == 1 and x.stride(3) != 1
-    form = torch.channels_last if last else torch.contiguous_format
-    return torch.empty((*x.shape[:2], height, width), dtype=x.dtype, device=x.device, memory_format=form)
 
 
 def _axis(x, taps, up, down, p0, size, dim):
@@ -41,11 +35,11 @@ def reference(x, taps, up, down, p0, height, width):
     working = torch.float64 if x.dtype == torch.float64 else torch.float32
     v, taps = x.to(working), taps.to(working)
     v = _axis(v, taps, up, down, p0, height, 2)
-    return _empty(x, height, width).copy_(_axis(v, taps, up, down, p0, width, 3))
+    return image(x, x.shape[1], height, width).copy_(_axis(v, taps, up, down, p0, width, 3))
 
 
 def _fake(x, taps, up, down, p0, height, width):
-    return _empty(x, height, width)
+    return image(x, x.shape[1], height, width)
 
 
 # The sizes of the result stand for p1, which is another one on each axis of the derivative.
@@ -120,19 +114,20 @@ def resample(
 
 
 def resample_pads(count: int, up: int = 1, down: int = 1, kernel: int = 1) -> tuple[int, int]:
-    """`pad` with which `count` taps multiply even sizes by exactly up / down, as NCSN++, DDPM++ and EDM place their filters.
+    """`pad` with which `count` taps change sizes by up / down exactly, placed as NCSN++, DDPM++ and EDM place them.
 
-    P = (T - 1) // 2 zeros on both sides when keeping or halving; when multiplying the transposed convolution of padding P:
-    (T - 1 - P, T - P - up). `kernel`: the size of an unpadded convolution that follows at the larger resolution (EDM's and
-    NCSN++'s fused resampling), whose padding k // 2 is added here. up=2: [1, 1] -> (1, 0), [1, 3, 3, 1] -> (2, 1);
-    down=2: (0, 0), (1, 1); [1, 3, 3, 1] before an unpadded 3 x 3 convolution of stride 2: up = down = 1, (2, 2).
+    With s = T - up when multiplying and T - down when dividing (sizes that `down` divides): ((s + 1) // 2 + up - 1, s // 2).
+    [1, 1] gives (1, 0) for up=2 and (0, 0) for down=2; [1, 3, 3, 1] gives (2, 1) and (1, 1).
+
+    kernel: the size k of an unpadded convolution that follows (the fused resampling of EDM and NCSN++); s grows by k - 1. A
+    convolution that decimates by itself counts here, not in `resample`: [1, 3, 3, 1] before a 3 x 3 convolution of stride 2
+    is `resample(x, taps, pad=resample_pads(4, down=2, kernel=3))` with pads (2, 2).
     """
     _whole("count", count), _whole("up", up), _whole("down", down), _whole("kernel", kernel)
     if up > 1 and down > 1:
         raise ValueError(f"up, down: {up} and {down} are both more than 1, for which there is no convention; give the pads")
-    before = (count - 1) // 2
-    before, after = (count - 1 - before, count - before - up) if up > 1 else (before, before)
-    return before + kernel // 2, after + kernel // 2
+    spare = count - max(up, down) + kernel - 1
+    return (spare + 1) // 2 + up - 1, spare // 2
 
 
 def _size(length, count, up, down, pad):

@@ -10,20 +10,19 @@ The cases are in ahead/<op>.py, one file an op:
     def cases(case):                                one launch per variant worth compiling
         case("contiguous float32"); launcher(*tensors)
     def huge(): launcher(*tensors)                  optional: past 2^31 elements; only addresses count
-    NARROW = {"_kernel loads": "why"}               optional: what need not move 128 bits at a time, "loads" or "stores"
-    STACK = {"_kernel": (bytes, "why")}             optional: stack that is no spill
+    NARROW = {"_kernel loads": "why"}               optional: "loads" or "stores" that need not be 128 bits wide
+    STACK = {"_kernel": (bytes, "why")}             optional: most stack it may have, for spills or else
 """
 
 import importlib.util
 import json
-import re
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
 import torch
 import triton
+from machine_code import examine
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
@@ -39,7 +38,6 @@ TYPES = {
     torch.bool: "*i1",
 }
 OPTIONS = ("num_warps", "num_stages", "num_ctas", "enable_fp_fusion")
-CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 AHEAD = Path(__file__).with_name("ahead")
 
 facts = []
@@ -77,14 +75,13 @@ def source(kernel, arguments):
     return ASTSource(kernel, signature, constants, attributes)
 
 
-def resources(cubin):
-    """Registers, stack and local memory per thread, from the machine code."""
+def machine_code(cubin):
+    """Registers, stack, local memory per thread and the SASS."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        command = [CUOBJDUMP, "--dump-resource-usage", file.name]
-        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    return {key.lower(): int(value) for key, value in re.findall(r"(REG|STACK|LOCAL|SHARED):(\d+)", text)}
+        [made] = examine(file.name)
+    return {key: made[key] for key in ("reg", "stack", "local", "sass")}
 
 
 def record(self, *args, grid, warmup=False, **kwargs):
@@ -98,7 +95,8 @@ def record(self, *args, grid, warmup=False, **kwargs):
         )
         fact = {key: now[key] for key in ("op", "case", "noise")}
         fact |= {"kernel": self.__name__, "architecture": architecture, "options": options}
-        facts.append(fact | resources(made.asm["cubin"]) | {"ptx": made.asm["ptx"], "ttir": str(made.asm["ttir"])})
+        fact |= {"threads": 32 * made.metadata.num_warps, "shared": made.metadata.shared}
+        facts.append(fact | machine_code(made.asm["cubin"]) | {"ptx": made.asm["ptx"], "ttir": str(made.asm["ttir"])})
 
 
 def addresses_only():

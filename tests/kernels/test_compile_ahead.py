@@ -1,50 +1,19 @@
-"""Every kernel compiled for the architectures its file of cases names, and what its PTX must and must not hold."""
+"""Every kernel compiled for the architectures its file of cases names: what its PTX and SASS must and must not hold."""
 
-import ast
 import importlib.util
-import json
-import os
 import re
-import subprocess
-import sys
-from pathlib import Path
 
+import ahead_cases
+import machine_code
 import pytest
-
-ROOT = Path(__file__).parents[2]
-AHEAD = sorted(Path(__file__).with_name("ahead").glob("*.py"))
-
-
-def declared(name):
-    """name of each file of cases -> its constant `name`, read without running the file, which imports Triton."""
-    found = {}
-    for path in AHEAD:
-        assigned = [n for n in ast.parse(path.read_text()).body if isinstance(n, ast.Assign) and n.targets[0].id == name]
-        found[path.stem] = ast.literal_eval(assigned[0].value) if assigned else {}
-    return found
-
-
-def kernels():
-    """The jit functions of kernels/triton that no other jit function mentions: what is launched."""
-    bodies = {}
-    for path in (ROOT / "kernels" / "triton").glob("*.py"):
-        for node in ast.parse(path.read_text()).body:
-            if isinstance(node, ast.FunctionDef) and any("jit" in ast.unparse(d) for d in node.decorator_list):
-                bodies[node.name] = {n.id for n in ast.walk(node) if isinstance(n, ast.Name)}
-    return {name for name in bodies if not any(name in used for other, used in bodies.items() if other != name)}
+from ahead_cases import declared
 
 
 @pytest.fixture(scope="module")
 def facts(tmp_path_factory):
     if importlib.util.find_spec("triton") is None:
         pytest.skip("Triton is not installed")
-    out = tmp_path_factory.mktemp("ahead") / "facts.json"
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    environment["PYTHONPATH"] = os.pathsep.join(p for p in sys.path if p)
-    program = Path(__file__).with_name("compile_ahead.py")
-    run = subprocess.run([sys.executable, program, out], capture_output=True, text=True, env=environment)
-    assert run.returncode == 0, run.stderr
-    return json.loads(out.read_text())
+    return ahead_cases.compiled(tmp_path_factory.mktemp("ahead") / "facts.json")
 
 
 def where(fact):
@@ -54,7 +23,7 @@ def where(fact):
 def test_every_kernel_is_compiled_for_its_architectures(facts):
     made = {op: {f["architecture"] for f in facts if f["op"] == op and f["case"] != "huge"} for op in declared("NOISE")}
     assert made == {op: set(architectures) for op, architectures in declared("ARCHITECTURES").items()}
-    assert kernels() == {f["kernel"] for f in facts}, "a case in ahead/<op>.py for each kernel that is launched"
+    assert ahead_cases.kernels() == {f["kernel"] for f in facts}, "a case in ahead/<op>.py for each kernel that is launched"
 
 
 def test_noise_is_not_contracted_or_approximated(facts):
@@ -64,8 +33,10 @@ def test_noise_is_not_contracted_or_approximated(facts):
     for f in noise:
         assert f["options"]["enable_fp_fusion"] is False, where(f)
         assert not re.findall(r"fma\.\S*f32|\.approx|\.ftz", f["ptx"]), where(f)
-        assert "mul.hi.u32" not in f["ptx"] or "sqrt.rn.f32" in f["ptx"], where(f)
-    assert {f["op"] for f in noise if "mul.hi.u32" in f["ptx"]} == {f["op"] for f in noise}, "Philox is where noise is made"
+        assert not machine_code.contractions(f["sass"]), where(f)
+        assert not machine_code.makes_noise(f["sass"]) or "sqrt.rn.f32" in f["ptx"], where(f)
+    assert {(f["op"], f["noise"]) for f in facts} >= {(f["op"], True) for f in facts if machine_code.makes_noise(f["sass"])}
+    assert {f["op"] for f in noise if machine_code.makes_noise(f["sass"])} == {f["op"] for f in noise}
 
 
 def test_bfloat16_rounds_to_nearest_even(facts):
@@ -77,21 +48,22 @@ def test_bfloat16_rounds_to_nearest_even(facts):
 
 
 def test_no_spills(facts):
-    """Spills go to local memory."""
-    allowed = declared("STACK")
+    allowed = {kernel: most for of in declared("STACK").values() for kernel, (most, _) in of.items()}
     for f in facts:
-        assert f["local"] == 0 and f["stack"] <= allowed[f["op"]].get(f["kernel"], (0,))[0], (where(f), f["stack"])
+        most = allowed.get(f["kernel"], 0)
+        assert f["local"] == 0 and f["stack"] <= most, (where(f), f["stack"])
+        assert most or not machine_code.spills(f["sass"]), where(f)
 
 
 def test_wide_accesses(facts):
     """Tensors move 128 bits at a time; narrower accesses are tables, per-channel parameters and statistics."""
-    narrow = declared("NARROW")
+    narrow = {words for of in declared("NARROW").values() for words in of}  # a kernel may serve two ops
     for f in (f for f in facts if f["case"] != "huge"):
-        for word, instruction in (("loads", "ld"), ("stores", "st")):
-            if f"{f['kernel']} {word}" not in narrow[f["op"]]:
-                assert re.search(rf"{instruction}\.global\S*\.v4\.b32", f["ptx"]), (where(f), word)
-        if f"{f['kernel']} loads" not in narrow[f["op"]] or f"{f['kernel']} stores" not in narrow[f["op"]]:
-            assert not re.search(r"(ld|st)\.global\S*\.b(8|16)\b", f["ptx"]), where(f)
+        words = [word for word in machine_code.ACCESSES if f"{f['kernel']} {word}" not in narrow]
+        for word in words:
+            assert machine_code.is_wide(f["sass"], word), (where(f), word)
+        if words:
+            assert not re.findall(r"\b(?:LDG|STG)\.E\.[US](?:8|16)\b", "\n".join(f["sass"])), where(f)
 
 
 def test_offsets_are_64_bits(facts):

@@ -171,7 +171,7 @@ def test_compiles_as_one_graph():
     torch.testing.assert_close(torch.autograd.grad(compiled, t), torch.autograd.grad(eager, t))
 
 
-@pytest.mark.parametrize("of_t, dtype", itertools.product(DTYPES, DTYPES))
+@pytest.mark.parametrize("of_t, dtype", list(itertools.product(DTYPES, DTYPES)))
 def test_opcheck(of_t, dtype):
     t, f = inputs(3, 5)
     t = t.to(of_t).requires_grad_()

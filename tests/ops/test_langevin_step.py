@@ -205,7 +205,7 @@ def test_score_of_a_perfect_network():
 
 
 def test_langevin_dynamics_reaches_its_distribution():
-    """200 given steps on a Gaussian of variance 1 from variance 9: eps small, so the variance is 1 / (1 - eps / 2)."""
+    """60 given steps on a Gaussian of variance 1 from variance 9: eps small, so the variance is 1 / (1 - eps / 2)."""
     n, eps = 4096, 0.1
     x = 3 * philox_normal(seed_tensor(range(n)), 0, (4,))
     coefficients = torch.tensor([module.langevin_row(0.0, 0.0, 1.0, 1.0, eps)] * 60)  # D = 0, sigma = 1: score = -x

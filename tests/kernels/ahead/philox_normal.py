@@ -4,7 +4,7 @@ from fastdiff.kernels.philox_normal import philox_normal
 
 ARCHITECTURES = (80, 90, 100)
 NOISE = True
-NARROW = {"_philox_normal loads": "it reads nothing but seeds"}
+NARROW = {"_philox_normal loads": "it reads nothing but seeds", "fill loads": "likewise, in CUDA C++"}
 
 
 def cases(case):
