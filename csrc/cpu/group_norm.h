@@ -263,6 +263,29 @@ FD_INLINE void channel_moments(const T* x, int64_t stride, int64_t rows, int som
   for (int i = 0; i < count; ++i) mean_out[i] = mean[i], m2_out[i] = m2[i] < 0 ? 0 : m2[i];
 }
 
+// Pieces of a sample's pixels, at least one, and items of work: a piece of pixels and a block of channels each.
+inline int64_t pieces_of(const GroupNormSilu& g) {
+  const int64_t rows = piece_rows(g.c), pieces = (g.s + rows - 1) / rows;
+  return pieces > 0 ? pieces : 1;
+}
+template <class T> int64_t items_of(const GroupNormSilu& g) {
+  constexpr int64_t block = block_channels<Acc<T>>();
+  return g.s > 0 ? pieces_of(g) * ((g.c + block - 1) / block) : 0;
+}
+
+// Moments of one item of sample n, into moments [pieces, 2, c].
+template <class T> void item_moments(const GroupNormSilu& g, int64_t n, int64_t item, double* moments) {
+  typedef Acc<T> A;
+  constexpr int64_t block = block_channels<A>();
+  const int64_t height = piece_rows(g.c), blocks = (g.c + block - 1) / block, piece = item / blocks;
+  const int64_t c0 = item % blocks * block, c1 = c0 + block < g.c ? c0 + block : g.c;
+  const int64_t top = piece * height, count = g.s - top < height ? g.s - top : height;
+  double* out = moments + piece * 2 * g.c;
+  by_vectors<4, A>(c0, c1, [&](auto j, int64_t c) __attribute__((always_inline)) {
+    channel_moments<decltype(j)::value>(g.x.at<const T>(n, c, top), g.x.s, count, static_cast<int>(c1 - c), out + c, out + g.c + c);
+  });
+}
+
 // Moments of all channels of sample n, [pieces, 2, c], into the first piece's.
 inline void merge_pieces(const GroupNormSilu& g, double* moments, int64_t pieces) {
   const int64_t rows = piece_rows(g.c);
