@@ -175,14 +175,14 @@ class DeviceCoefficients:
     @staticmethod
     def know(schedule: Schedule, prediction: Prediction) -> bool:
         """Whether the op has this path: a user's own Schedule and a network trained on another path are left to the host."""
-        return type(schedule) in LAWS and prediction.trained is None and prediction.kind != "ve"
+        return type(schedule) in LAWS and prediction.trained is None
 
     def __init__(self, schedule: Schedule, prediction: Prediction):
         if not self.know(schedule, prediction):
             known = ", ".join(kind.__name__ for kind in LAWS)
             raise ValueError(
-                f"schedule: {type(schedule).__name__} is not computed on the device; use one of {known}, and a prediction "
-                f"other than 've' and without `trained`, got {prediction}"
+                f"schedule: {type(schedule).__name__} is not computed on the device; use one of {known}, and a "
+                f"prediction without `trained`, got {prediction}"
             )
         law, fields = LAWS[type(schedule)]
         consistency = prediction.kind == "consistency"

@@ -39,12 +39,12 @@ Path path_at(const ScheduleCoefficients& c, double t) {
 
 void edm(const ScheduleCoefficients& c, const Path& p, double r, double dr, double* out) {
   const double sd = c.sigma_data, w = r - c.shift, m = w * w + sd * sd, h2 = r * r + sd * sd, h = std::sqrt(h2);
-  out[kSkip] = sd * sd / m / p.a, out[kOut] = sd * w / h, out[kIn] = 1 / (p.a * h), out[kNoise] = std::log(r) / 4;
+  out[kSkip] = sd * sd / m / p.a, out[kOut] = sd * w / h, out[kIn] = 1 / (p.a * h), out[kNoise] = c.time_scale * std::log(r) / 4;
   if (!c.slopes) return;
   out[kSkip] *= -2 * w * dr / m - p.da / p.a;
   out[kOut] = sd * dr * (sd * sd + c.shift * r) / (h2 * h);
   out[kIn] *= -(p.da / p.a + r * dr / h2);
-  out[kNoise] = dr / (4 * r);
+  out[kNoise] = c.time_scale * dr / (4 * r);
 }
 
 // c_skip and c_out, or their derivatives, of the targets whose c_in is 1.
@@ -57,14 +57,17 @@ void plain(const ScheduleCoefficients& c, const Path& p, double t, double r, dou
     if (c.target == Target::v) skip = (p.da - p.a * dq / q) / q, of_f = (p.s * dq / q - p.ds) / q;
     if (c.target == Target::score) of_f = p.ds * r + p.s * dr;
     if (c.target == Target::flow) skip = 0, of_f = -1;
+    if (c.target == Target::ve) of_f = dr;
   } else {
     skip = 1 / p.a, of_f = -r;
     if (c.target == Target::x0) skip = 0, of_f = 1;
     if (c.target == Target::v) skip = p.a / q, of_f = -p.s / q;
     if (c.target == Target::score) of_f = p.s * r;
     if (c.target == Target::flow) skip = 1, of_f = -t;
+    if (c.target == Target::ve) of_f = r;
   }
   out[kIn] = c.slopes ? 0 : 1, out[kNoise] = c.time_scale * (c.slopes ? 1 : t);
+  if (c.target == Target::ve) out[kNoise] = c.slopes ? p.ds / p.s : std::log(c.time_scale * p.s);
 }
 
 void columns_at(const ScheduleCoefficients& c, double t, double* out) {

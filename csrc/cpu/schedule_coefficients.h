@@ -5,7 +5,7 @@ namespace fastdiff {
 
 // Codes and columns, as the enums Law, Target and Column of fastdiff/ops/schedule_coefficients.py.
 enum class Law : int64_t { ve, vp, sub_vp, table, flow, trig, log_snr, count };
-enum class Target : int64_t { eps, x0, v, score, flow, edm, count };
+enum class Target : int64_t { eps, x0, v, score, flow, edm, ve, count };
 enum : int { kAlpha, kSigma, kLogSnr, kSkip, kOut, kIn, kNoise, kCoefficients };
 
 struct ScheduleCoefficients {

@@ -152,8 +152,8 @@ class _Saved:
 
     def norm_arguments(self):
         """Those of group_norm_silu, with the statistics that the forward pass used."""
-        extras = [self[k] for k in ("add", "scale", "shift")]
-        return self.x, self["norm_weight"], self["norm_bias"], self.rest["groups"], self.rest["eps"], *extras, self.stats
+        affine = self["norm_weight"], self["norm_bias"], self.rest["groups"], self.rest["eps"]
+        return self.x, *affine, self["add"], self["scale"], self["shift"], self.stats
 
     def hidden(self):
         """h, computed again: keeping it would double the memory of the activations."""

@@ -8,8 +8,9 @@ Computed in float64. With r = sigma / alpha the noise level, w = r - shift, h^2 
 
     EPS  1 / alpha, -r          V      (alpha, -sigma) / (alpha^2 + sigma^2)     FLOW  1, -t
     X0   0, 1                   SCORE  1 / alpha, sigma r                        all of these: c_in 1, c_noise time_scale t
+    VE   1 / alpha, r, c_in 1, c_noise ln(time_scale sigma)
     EDM  c_skip = sigma_data^2 / (w^2 + sigma_data^2) / alpha, c_out = sigma_data w / h, c_in = 1 / (alpha h),
-         c_noise = ln(r) / 4; shift > 0 makes it the consistency model's, D = x / alpha where r = shift
+         c_noise = time_scale ln(r) / 4; shift > 0 makes it the consistency model's, D = x / alpha where r = shift
 """
 
 import enum
@@ -40,6 +41,7 @@ class Target(enum.IntEnum):
     SCORE = 3
     FLOW = 4
     EDM = 5  # and consistency, by its shift
+    VE = 6  # sigma times the score
 
 
 class Column(enum.IntEnum):
@@ -89,12 +91,12 @@ def _columns(t, a, s, target, sigma_data, shift, time_scale, raw):
     one, r = torch.ones_like(t), s / a
     if target == Target.EDM:
         w, h = r - shift, (r**2 + sigma_data**2).sqrt()
-        four = sigma_data**2 / (w**2 + sigma_data**2) / a, sigma_data * w / h, 1 / (a * h), r.log() / 4
+        four = sigma_data**2 / (w**2 + sigma_data**2) / a, sigma_data * w / h, 1 / (a * h), time_scale * r.log() / 4
     else:
         q = a**2 + s**2
         skip = {Target.X0: 0 * one, Target.V: a / q, Target.FLOW: one}.get(target, 1 / a)
-        out = {Target.X0: one, Target.V: -s / q, Target.SCORE: s * r, Target.FLOW: -t}.get(target, -r)
-        four = skip, out, one, time_scale * t
+        out = {Target.X0: one, Target.V: -s / q, Target.SCORE: s * r, Target.FLOW: -t, Target.VE: r}
+        four = skip, out.get(target, -r), one, (time_scale * s).log() if target == Target.VE else time_scale * t
     return (*four[:2], one, t) if raw else four
 
 
@@ -107,12 +109,13 @@ def _column_slopes(t, a, s, da, ds, target, sigma_data, shift, time_scale, raw):
         m, h = w**2 + sigma_data**2, h2.sqrt()
         skip = sigma_data**2 / m / a * (-2 * w * dr / m - da / a)
         out = sigma_data * dr * (sigma_data**2 + shift * r) / (h2 * h)
-        four = skip, out, -(da / a + r * dr / h2) / (a * h), dr / (4 * r)
+        four = skip, out, -(da / a + r * dr / h2) / (a * h), time_scale * dr / (4 * r)
     else:
         q, dq = a**2 + s**2, 2 * (a * da + s * ds)
         skip = {Target.X0: zero, Target.V: (da - a * dq / q) / q, Target.FLOW: zero}.get(target, -da / a**2)
         out = {Target.X0: zero, Target.V: (s * dq / q - ds) / q, Target.SCORE: ds * r + s * dr, Target.FLOW: -one}
-        four = skip, out.get(target, -dr), zero, time_scale * one
+        out[Target.VE] = dr
+        four = skip, out.get(target, -dr), zero, ds / s if target == Target.VE else time_scale * one
     return (*four[:2], zero, one) if raw else four
 
 

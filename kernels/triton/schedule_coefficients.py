@@ -9,7 +9,7 @@ from fastdiff.ops.schedule_coefficients import Column, Law, Target
 VE, VP, SUB_VP, TABLE = (tl.constexpr(int(v)) for v in (Law.VE, Law.VP, Law.SUB_VP, Law.TABLE))
 FLOW_LAW, TRIG, LOG_SNR = (tl.constexpr(int(v)) for v in (Law.FLOW, Law.TRIG, Law.LOG_SNR))
 X0, V, SCORE = (tl.constexpr(int(v)) for v in (Target.X0, Target.V, Target.SCORE))
-FLOW, EDM = (tl.constexpr(int(v)) for v in (Target.FLOW, Target.EDM))
+FLOW, EDM, SIGMA_SCORE = (tl.constexpr(int(v)) for v in (Target.FLOW, Target.EDM, Target.VE))
 COLUMNS = tl.constexpr(len(Column))
 BLOCK = 64  # times per program
 
@@ -120,12 +120,17 @@ def _schedule_coefficients(
         w = r - SHIFT
         m, h2 = w * w + SIGMA_DATA * SIGMA_DATA, r * r + SIGMA_DATA * SIGMA_DATA
         h = tl.sqrt(h2)
-        skip, of_f, c_in, c_noise = SIGMA_DATA * SIGMA_DATA / m / a, SIGMA_DATA * w / h, 1.0 / (a * h), tl.log(r) * 0.25
+        skip, of_f, c_in, c_noise = (
+            SIGMA_DATA * SIGMA_DATA / m / a,
+            SIGMA_DATA * w / h,
+            1.0 / (a * h),
+            tl.log(r) * (TIME_SCALE * 0.25),
+        )
         if SLOPES:
             skip *= -2.0 * w * dr / m - da / a
             of_f = SIGMA_DATA * dr * (SIGMA_DATA * SIGMA_DATA + SHIFT * r) / (h2 * h)
             c_in *= -(da / a + r * dr / h2)
-            c_noise = dr / (4.0 * r)
+            c_noise = TIME_SCALE * dr / (4.0 * r)
     elif TARGET == X0:
         skip = one * 0.0
         of_f = one * 0.0 if SLOPES else one
@@ -139,6 +144,10 @@ def _schedule_coefficients(
     elif TARGET == SCORE:
         skip = -da / (a * a) if SLOPES else 1.0 / a
         of_f = ds * r + s * dr if SLOPES else s * r
+    elif TARGET == SIGMA_SCORE:
+        skip = -da / (a * a) if SLOPES else 1.0 / a
+        of_f = dr if SLOPES else r
+        c_noise = ds / s if SLOPES else tl.log(TIME_SCALE * s)
     else:
         skip = -da / (a * a) if SLOPES else 1.0 / a
         of_f = -dr if SLOPES else -r

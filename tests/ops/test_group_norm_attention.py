@@ -108,7 +108,8 @@ def test_values(isa, dtype, channels_last, accurate):
             truth = module.reference(*double(args))
             assert y.stride() == args[0].stride()
             accurate(y, rounded(args), truth[0])
-            accurate(stats, module.reference(*args)[1], truth[1])
+            # Against float64 itself the truth is no better than we are: both are sums of many terms.
+            accurate(stats, module.reference(*args)[1], truth[1], 1e-14 if dtype == torch.float64 else 0)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
