@@ -48,6 +48,8 @@ def make_plan(model: Model, nfe: int, sampler: str = "auto", **options: Any) -> 
     for statistic in ("gamma", "mse"):
         if statistic in allowed and statistic in model.info:
             options.setdefault(statistic, model.info[statistic])
+    if name == "ddpm" and model.prediction.learned_variance:
+        options.setdefault("variance", "learned")
     return SAMPLERS[name](model.schedule, model.prediction, nfe, **options)
 
 

@@ -39,20 +39,22 @@ class Network:
 @pytest.mark.parametrize("kind", ["edm", "v"])
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_executed(name, kind, make_mixture, replay, philox):
-    """In float64 to 1e-10 of the start's size, in float32 to what its own rounding costs."""
+    """In float64 to 1e-10; in float32 to four times what the same rows lose in plain float32, as test_textbook has it."""
     schedule = DDPM() if name in CHAIN else VE() if name in SDES else EDM() if kind == "edm" else VP()
     nfe = {"pndm": 21, "restart": 35}.get(name, 22 if name in ("predictor-corrector", "annealed-langevin") else 15)
     plan = SAMPLERS[name](schedule, Prediction(kind), nfe, **STATISTICS.get(name, {}))
     data, seeds = make_mixture(), ops.seed_tensor(SEEDS)
     start, z = ops.philox_normal(seeds, 0, SHAPE), philox(seeds, SHAPE)
     truth = replay(plan, data, start, z)
-    for dtype, tolerance in ((torch.float64, 1e-10), (torch.float32, 2e-3)):
+    size = max(1.0, truth.abs().max().item())
+    plain = (replay(plan, data, start, z, dtype=torch.float32) - truth).abs().max().item()
+    tolerances = {torch.float64: 1e-10 * size, torch.float32: 4 * plain + 16 * size * torch.finfo(torch.float32).eps}
+    for dtype, tolerance in tolerances.items():
         network = Network(plan, data)
         with torch.inference_mode():
             got = execute(plan, network, seeds, SHAPE, dtype=dtype)
         assert network.calls == plan.nfe and got.dtype == dtype
-        # Heun's last corrector before 0 divides by the level it ends at: rounding at 80 grows with the ratio of levels.
-        assert (got - truth).abs().max() <= tolerance * max(1.0, truth.abs().max().item())
+        assert (got - truth).abs().max() <= tolerance, (plain, tolerance)
 
 
 @pytest.mark.parametrize("name", ["unipc", "deis", "sde-dpm-solver++3m", "pndm", "restart", "predictor-corrector"])
