@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from fastdiff.model import Model
-from fastdiff.plan import Guidance, Plan
+from fastdiff.plan import Plan
 from fastdiff.samplers import SAMPLERS
+from fastdiff.stepwise import Guidance
 
 FRESH_SEEDS = 2**48  # a fresh run starts at a random seed below this, short enough to copy by hand
 FEW, MANY = 4, 250  # below the one Euler or DDIM, from the other on a DDPM chain ancestral sampling
