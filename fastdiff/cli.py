@@ -112,6 +112,26 @@ def average(
 
 
 @app.command()
+def convert(
+    source: Annotated[str, typer.Argument(help="A diffusers folder, an EDM pickle, an OpenAI or score_sde checkpoint.")],
+    target: Annotated[Path, typer.Argument(help="Checkpoint to write.")],
+    option: Annotated[list[str], typer.Option("--option", "-o", help="NAME=VALUE that the file does not say.")] = [],  # noqa: B006
+    dtype: Annotated[str, typer.Option(help="Of the stored weights: float32, bfloat16 or float16.")] = "float32",
+) -> None:
+    """Turn another project's checkpoint into a fastdiff one. No code in it is run.
+
+    \b
+    fastdiff convert network-snapshot.pkl edm.safetensors
+    fastdiff convert ddpm-cifar10-32 ddpm.safetensors
+    fastdiff convert cd_imagenet64_lpips.pt cd.safetensors -o preset=cd_imagenet64
+    fastdiff convert checkpoint_26.pth ncsnpp.safetensors -o preset=cifar10_ncsnpp_continuous
+    """
+    from fastdiff.commands import convert_command
+
+    convert_command.run(source, target, option, dtype)
+
+
+@app.command()
 def info(model: Annotated[str | None, typer.Argument(help="Also describe this checkpoint.")] = None) -> None:
     """Show versions, devices, which implementation serves each op and why, and what a checkpoint holds."""
     from fastdiff.info import report

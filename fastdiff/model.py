@@ -22,6 +22,8 @@ from fastdiff.unet import UNet, UNetConfig
 ASSETS = Path(__file__).parent / "assets"
 FORMAT = 1
 FAMILIES = ("diffusion", "consistency")
+# What building a network from values of a file may stumble over.
+INCONSISTENT = (ArithmeticError, AttributeError, LookupError, RecursionError, RuntimeError, TypeError, ValueError)
 
 
 @dataclasses.dataclass
@@ -273,9 +275,17 @@ def load(source: Any, device: str | torch.device = "cpu", **config: Any) -> Mode
         foreign, what = found, f"in {path}"
     else:
         what = f"of the {type(source).__name__}"
-    network, about = checkpoints.convert(
-        foreign.state, foreign.family, foreign.class_name, foreign.config, f"model: the weights {what}"
-    )
+    try:
+        network, about = checkpoints.convert(
+            foreign.state, foreign.family, foreign.class_name, foreign.config, f"model: the weights {what}"
+        )
+    except CheckpointError as error:
+        text = str(error)
+        raise CheckpointError(
+            text if text.startswith("model: ") else f"model: what is {what} is not read: {text}"
+        ) from error
+    except INCONSISTENT as error:
+        raise CheckpointError(f"model: the arguments {what} are inconsistent: {str(error)[:200]}") from error
     return imported(network.to(device), about)
 
 
@@ -316,7 +326,7 @@ def _build(path: Path, found: files.Native, device: str | torch.device) -> Model
             "times": {int(k): v for k, v in description["times"].items()},
             "convention": Convention(**description.get("convention", {})),
         }
-    except (AttributeError, KeyError, TypeError, ValueError, OverflowError, ZeroDivisionError, RuntimeError) as error:
+    except INCONSISTENT as error:
         raise CheckpointError(f"model: the description in {path} is incomplete or inconsistent: {error!r}") from error
     checkpoints.fill(network, checkpoints.Layout(), found.state, f"model: the weights in {path}")
     return Model(network.to(device), **about, info=description.get("info", {}))

@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -101,6 +102,8 @@ class Attention(nn.Module):
 
     def __init__(self, channels: int, heads: int, groups: int, eps: float, skip_scale: float):
         super().__init__()
+        if channels % heads:
+            raise ValueError(f"heads: {heads} heads do not divide {channels} channels; change UNetConfig.heads")
         self.norm = GroupNormSiLU(channels, groups, eps, silu=False)
         self.qkv = Conv2d(channels, 3 * channels, kernel=1)
         self.proj = Conv2d(channels, channels, kernel=1, gain=0)
@@ -143,9 +146,8 @@ class Resample(nn.Module):
 
     def reset(self) -> None:
         """Compute the filter, which no checkpoint holds: its sum is 1 down and 2 up, where every other pixel is 0."""
-        taps = torch.tensor(self.filter, dtype=torch.float64)
-        taps = taps / taps.sum() * (2 if self.change == "up" else 1)
-        self.register_buffer("taps", taps.float(), persistent=False)
+        taps = np.array(self.filter) / sum(self.filter) * (2 if self.change == "up" else 1)
+        self.register_buffer("taps", torch.tensor(taps, dtype=torch.float32), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.change:
@@ -304,7 +306,7 @@ class FourierEmbedding(nn.Module):
 
     def __init__(self, channels: int, scale: float = 16.0):
         super().__init__()
-        self.register_buffer("frequencies", torch.randn(channels // 2) * scale)
+        self.register_buffer("frequencies", nn.init.normal_(torch.empty(channels // 2), std=scale))
 
     def forward(self, c_noise: Tensor) -> Tensor:
         return ops.embedding(c_noise, self.frequencies, scale=2 * math.pi)

@@ -118,13 +118,33 @@ class UNetConfig:
         self._check_numbers()
 
     def _check_numbers(self) -> None:
-        for name in ("resolution", "in_channels", "out_channels", "channels", "blocks", "heads"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"UNetConfig.{name}: {getattr(self, name)} is too small; use 1 or more")
+        # The upper bounds keep a damaged description from asking for endless networks.
+        bounds = {
+            "resolution": 2**16,
+            "in_channels": 2**12,
+            "out_channels": 2**12,
+            "channels": 2**14,
+            "blocks": 64,
+            "heads": 2**10,
+            "groups": 2**12,
+            "group_channels": 2**12,
+            "embedding_multiplier": 2**8,
+            "time_multiplier": 2**8,
+        }
+        for name, most in bounds.items():
+            if not 1 <= getattr(self, name) <= most or int(getattr(self, name)) != getattr(self, name):
+                raise ValueError(f"UNetConfig.{name}: {getattr(self, name)} is no integer in 1 ... {most}")
+        if not 1 <= len(self.multipliers) <= 12:
+            raise ValueError(f"UNetConfig.multipliers: {len(self.multipliers)} levels; use 1 ... 12")
         for m in self.multipliers:
-            if m <= 0 or m * self.channels != int(m * self.channels):
+            if not 0 < m <= 256 or m * self.channels != int(m * self.channels):
                 raise ValueError(f"UNetConfig.multipliers: {m} times {self.channels} is no number of channels")
-        if len(self.filter) % 2 or self.filter != self.filter[::-1] or not sum(self.filter):
+        if (
+            not 2 <= len(self.filter) <= 64
+            or len(self.filter) % 2
+            or self.filter != self.filter[::-1]
+            or not sum(self.filter)
+        ):
             raise ValueError(f"UNetConfig.filter: {self.filter} is not even in length and symmetric, such as (1, 3, 3, 1)")
         if self.time_multiplier * self.channels % 2:
             raise ValueError(f"UNetConfig.channels: {self.channels} is odd; sines and cosines need an even one")

@@ -278,14 +278,17 @@ def test_labels_required_or_refused():
         ({"filter": (1, 2, 1)}, r"UNetConfig.filter: \(1, 2, 1\) is not even in length"),
         ({"filter": (1, 2)}, r"UNetConfig.filter: \(1, 2\) is not even in length and symmetric"),
         ({"channels": 9}, "UNetConfig.channels: 9 is odd"),
-        ({"blocks": 0}, "UNetConfig.blocks: 0 is too small"),
+        ({"blocks": 0}, "UNetConfig.blocks: 0 is no integer in 1 ... 64"),
+        ({"heads": 3}, "heads: 3 heads do not divide 16 channels"),
+        ({"channels": 2**40}, "UNetConfig.channels: .* is no integer in 1 ... 16384"),
+        ({"multipliers": (1,) * 20}, "UNetConfig.multipliers: 20 levels"),
         ({"multipliers": (1, 1.3)}, "UNetConfig.multipliers: 1.3 times 8 is no number of channels"),
         ({"resolution": 9}, "UNetConfig.resolution: 9 cannot be halved 1 times; use a multiple of 2"),
     ],
 )
 def test_bad_configs(change, words):
     with pytest.raises(ValueError, match=words):
-        dataclasses.replace(TINY, **change)
+        UNet(dataclasses.replace(TINY, **change))
 
 
 def test_config_from_json_lists():

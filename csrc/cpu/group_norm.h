@@ -109,8 +109,8 @@ template <class A> void channel_maps(const GroupNormSilu& g, int64_t n, double* 
   channel_maps(g, n, 0, g.c, mean, rstd, table);
 }
 
-// ---- moments. Sums are of x - k, k the mean of all that went before rounded to float, so that no more than half of a sum of
-// squares is ever cancelled; with s = sum (x - k) and q = sum (x - k)^2 of n elements after `count` of mean mu, e = k - mu:
+// ---- moments. Sums are of x - k, k the mean of all that went before rounded to float, so that no more than half of a sum
+// of squares is ever cancelled; with s = sum (x - k) and q = sum (x - k)^2 of n elements after `count` of mean mu, e = k - mu:
 //     moved = s + n e,   mu += moved / total,   m2 += q + e (2 s + n e) - moved^2 / total,   total = count + n  (double)
 
 struct Moments {
@@ -214,11 +214,11 @@ template <class T> FD_INLINE void ahead(const T* p, int j) {
   if (j * bytes % 64 == 0) __builtin_prefetch(p + j * Simd<Acc<T>>::N);
 }
 
-// Sums of x - k and of its squares, of each of J vectors of channels over `rows` pixels, `stride` apart. A function of its own:
-// inlined into its surroundings, GCC keeps the sums on the stack.
+// Sums of x - k and of its squares, of each of J vectors of channels over `rows` pixels, `stride` apart. A function of its
+// own: inlined into its surroundings, GCC keeps the sums on the stack.
 template <int J, class T>
-__attribute__((noinline)) void sums_around(const T* x, int64_t stride, int64_t rows, int some, const Acc<T>* k, Acc<T>* s_out,
-                                           Acc<T>* q_out) {
+__attribute__((noinline)) void sums_around(const T* x, int64_t stride, int64_t rows, int some, const Acc<T>* k,
+                                           Acc<T>* s_out, Acc<T>* q_out) {
   typedef Vec<Acc<T>> V;
   constexpr int N = Simd<Acc<T>>::N, M = J ? J : 1;
   V s[M] = {}, q[M] = {}, center[M];
@@ -261,6 +261,29 @@ FD_INLINE void channel_moments(const T* x, int64_t stride, int64_t rows, int som
   }
   const int count = J ? M * N : some;
   for (int i = 0; i < count; ++i) mean_out[i] = mean[i], m2_out[i] = m2[i] < 0 ? 0 : m2[i];
+}
+
+// Pieces of a sample's pixels, at least one, and items of work: a piece of pixels and a block of channels each.
+inline int64_t pieces_of(const GroupNormSilu& g) {
+  const int64_t rows = piece_rows(g.c), pieces = (g.s + rows - 1) / rows;
+  return pieces > 0 ? pieces : 1;
+}
+template <class T> int64_t items_of(const GroupNormSilu& g) {
+  constexpr int64_t block = block_channels<Acc<T>>();
+  return g.s > 0 ? pieces_of(g) * ((g.c + block - 1) / block) : 0;
+}
+
+// Moments of one item of sample n, into moments [pieces, 2, c].
+template <class T> void item_moments(const GroupNormSilu& g, int64_t n, int64_t item, double* moments) {
+  typedef Acc<T> A;
+  constexpr int64_t block = block_channels<A>();
+  const int64_t height = piece_rows(g.c), blocks = (g.c + block - 1) / block, piece = item / blocks;
+  const int64_t c0 = item % blocks * block, c1 = c0 + block < g.c ? c0 + block : g.c;
+  const int64_t top = piece * height, count = g.s - top < height ? g.s - top : height;
+  double* out = moments + piece * 2 * g.c;
+  by_vectors<4, A>(c0, c1, [&](auto j, int64_t c) __attribute__((always_inline)) {
+    channel_moments<decltype(j)::value>(g.x.at<const T>(n, c, top), g.x.s, count, static_cast<int>(c1 - c), out + c, out + g.c + c);
+  });
 }
 
 // Moments of all channels of sample n, [pieces, 2, c], into the first piece's.

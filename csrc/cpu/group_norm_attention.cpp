@@ -96,26 +96,29 @@ template <class T, class Op> void pack_rows(const GroupNormSilu& g, int64_t n, c
 }
 
 // Statistics where they are not given, then the coefficients of every channel.
-template <class T, class Each> void maps(const GroupNormSilu& g, int64_t n, const ChannelSums& sums, const ChannelTable<Acc<T>>& table, const Each& each) {
+template <class T, class Spread>
+void maps(const GroupNormSilu& g, int64_t n, double* moments, const ChannelTable<Acc<T>>& table, const Spread& spread) {
   typedef Acc<T> A;
-  GroupNormSilu known = g;
   if (!g.given_stats && g.x.s == 1) {
-    const int64_t per = g.c / g.groups;
-    each(g.groups, per * g.s, [&](int64_t i, int64_t j) {
+    const int64_t per = g.c / g.groups, size = per * g.s;
+    spread(g.groups, size, [&](int64_t i, int64_t j) {
       for (; i < j; ++i) {
-        const Moments all = group_moments<T>(g, n, i * per, per);
-        A* stats = static_cast<A*>(g.stats) + 2 * (n * g.groups + i);
+        Moments all;
+        for (int64_t first = 0; first < size; first += kPiece)
+          all.merge(group_moments<T>(g, n, i * per, first, first + kPiece < size ? first + kPiece : size));
+        A* stats = stats_of<A>(g, n, i);
         stats[0] = static_cast<A>(all.mean), stats[1] = static_cast<A>(all.variance());
       }
     });
-    known.given_stats = true;
   } else if (!g.given_stats) {
-    constexpr int64_t block = channel_block<A>();
-    each((g.c + block - 1) / block, block * g.s, [&](int64_t i, int64_t j) {
-      for (; i < j; ++i) channel_moments<T>(g, n, i * block, sums);
+    spread(items_of<T>(g), kPiece, [&](int64_t i, int64_t j) {
+      for (; i < j; ++i) item_moments<T>(g, n, i, moments);
     });
+    merge_pieces(g, moments, pieces_of(g));
+    group_statistics<A>(g, n, moments);
+    return channel_maps<A>(g, n, 0, g.c, moments, moments + g.c, table);
   }
-  channel_maps<A>(known, n, sums, table);
+  channel_maps<A>(g, n, moments, table);
 }
 
 // ---- q, k, v
@@ -270,29 +273,29 @@ template <class T, class Op> void run(const GroupNormAttention& a) {
   const GroupNormSilu& g = a.norm;
   Sample<Op> sizes(a);
   const int64_t tiles_in = 3 * a.heads * ((a.d + kTileRows - 1) / kTileRows), tiles_out = (g.c + kTogether<Op> - 1) / kTogether<Op>;
-  const int64_t table_at = sizes.bytes + ChannelSums::bytes(g.c);
+  const int64_t table_at = sizes.bytes + aligned(pieces_of(g) * 2 * g.c * 8);
   // A sample a thread where there are enough samples, else a sample after the other by all threads; same sums either way.
   const bool inner = g.n < threads();
-  const auto each = [&](int64_t count, int64_t elements, auto body) {
+  const auto spread = [&](int64_t count, int64_t elements, auto body) {
     inner ? parallel_for(count, grain_of(elements), body) : body(int64_t(0), count);
   };
   const auto samples = [&](int64_t begin, int64_t end) {
     const Scratch memory(table_at + ChannelTable<A>::bytes(g.c));
-    const ChannelSums sums(memory.data + sizes.bytes, g.c);
+    double* moments = reinterpret_cast<double*>(memory.data + sizes.bytes);
     const ChannelTable<A> table(memory.data + table_at, g.c);
     Sample<Op> m = sizes;
     m.memory = memory.data;
     for (int64_t n = begin; n < end; ++n) {
-      maps<T>(g, n, sums, table, each);
-      each(m.blocks, m.lanes * g.c, [&](int64_t i, int64_t j) {
+      maps<T>(g, n, moments, table, spread);
+      spread(m.blocks, m.lanes * g.c, [&](int64_t i, int64_t j) {
         for (; i < j; ++i) g.x.s == 1 ? pack_planes<T>(g, n, table, m, i) : pack_rows<T>(g, n, table, m, i);
       });
-      each(tiles_in, kTileRows * g.s * g.c, [&](int64_t i, int64_t j) { project_in(a, m, i, j); });
-      each(a.heads * m.blocks, m.lanes * g.s * a.d, [&](int64_t i, int64_t j) {
+      spread(tiles_in, kTileRows * g.s * g.c, [&](int64_t i, int64_t j) { project_in(a, m, i, j); });
+      spread(a.heads * m.blocks, m.lanes * g.s * a.d, [&](int64_t i, int64_t j) {
         const Scratch scores((g.s + 1) * m.lanes * sizeof(typename Op::Word));
         for (; i < j; ++i) attend(a, m, i / m.blocks, i % m.blocks, reinterpret_cast<typename Op::Word*>(scores.data));
       });
-      each(tiles_out, kTogether<Op> * g.s * a.heads * a.d, [&](int64_t i, int64_t j) { project_out<T>(a, m, n, i, j); });
+      spread(tiles_out, kTogether<Op> * g.s * a.heads * a.d, [&](int64_t i, int64_t j) { project_out<T>(a, m, n, i, j); });
     }
   };
   inner ? samples(0, g.n) : parallel_for(g.n, 1, samples);

@@ -89,23 +89,13 @@ FD_INLINE void apply_rows(const GroupNormSilu& g, const ChannelTable<Acc<T>>& k,
 // A task is a sample: moments of pieces of pixels and blocks of channels, then groups, then values.
 template <class T, bool silu> void rows(const GroupNormSilu& g) {
   typedef Acc<T> A;
-  constexpr int64_t block = block_channels<A>();
-  const int64_t height = piece_rows(g.c), pieces = g.given_stats ? 1 : (g.s + height - 1) / height;
-  const int64_t blocks = (g.c + block - 1) / block, table_at = aligned((pieces > 0 ? pieces : 1) * 2 * g.c * 8);
-  const auto first = [&](char* memory, int64_t n, int64_t item) {
-    const int64_t piece = item / blocks, c0 = item % blocks * block, c1 = c0 + block < g.c ? c0 + block : g.c;
-    const int64_t top = piece * height, count = g.s - top < height ? g.s - top : height;
-    double* moments = reinterpret_cast<double*>(memory) + piece * 2 * g.c;
-    by_vectors<4, A>(c0, c1, [&](auto j, int64_t c) __attribute__((always_inline)) {
-      channel_moments<decltype(j)::value>(g.x.at<const T>(n, c, top), g.x.s, count, static_cast<int>(c1 - c), moments + c,
-                                          moments + g.c + c);
-    });
-  };
+  const int64_t pieces = pieces_of(g), table_at = aligned(pieces * 2 * g.c * 8);
+  const auto first = [&](char* memory, int64_t n, int64_t item) { item_moments<T>(g, n, item, reinterpret_cast<double*>(memory)); };
   const auto finish = [&](char* memory, int64_t n) {
     double* moments = reinterpret_cast<double*>(memory);
     const ChannelTable<A> table(memory + table_at, g.c);
     if (g.given_stats) return channel_maps<A>(g, n, moments, table);
-    if (pieces == 0)
+    if (g.s == 0)
       for (int64_t i = 0; i < 2 * g.c; ++i) moments[i] = 0;
     merge_pieces(g, moments, pieces);
     group_statistics<A>(g, n, moments);
@@ -114,8 +104,8 @@ template <class T, bool silu> void rows(const GroupNormSilu& g) {
   const auto second = [&](char* memory, int64_t n, int64_t begin, int64_t end) {
     apply_rows<T, silu>(g, {memory + table_at, g.c}, n, begin, end);
   };
-  run_stages({g.n, g.c * g.s, table_at + ChannelTable<A>::bytes(g.c), g.given_stats ? 0 : pieces * blocks, g.s}, first, finish,
-             second);
+  const int64_t items = g.given_stats ? 0 : items_of<T>(g);
+  run_stages({g.n, g.c * g.s, table_at + ChannelTable<A>::bytes(g.c), items, g.s}, first, finish, second);
 }
 
 template <class T> void run_forward(const GroupNormSilu& a) {

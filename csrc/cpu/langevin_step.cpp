@@ -49,7 +49,7 @@ template <class A> struct Work {
     const A* f = read_tile(a.f, t, n, first, length, out);
     const A of_x = row()[langevin::kScoreX], of_f = row()[langevin::kScoreF];
     for (int64_t i = 0; i < size; ++i) score[i] = of_x * x[i] + of_f * f[i];
-    noise_tile(stream_of(a.seeds[n], static_cast<uint32_t>(a.draws[index()]), kDomainStep), t, first, length, z);
+    noise_tile(stream_of(a.seeds[n], static_cast<uint32_t>(a.draws[index()]), kDomainStep), t, first, length, z, nullptr);
   }
   Squares squares() const { return {sum_of_squares(z, size), sum_of_squares(score, size)}; }
 
@@ -85,7 +85,7 @@ template <class A> void langevin_all(LangevinStep a) {
   const bool run = is_flat(a.x, a.c, a.s) && is_flat(a.f, a.c, a.s) && is_flat(a.net_in, a.c, a.s) &&
                    (!a.mean || is_flat(a.mean, a.c, a.s));
   if (run) a.x = as_run(a.x), a.f = as_run(a.f), a.net_in = as_run(a.net_in), a.mean = as_run(a.mean);
-  const Tiling tiling(a.c, a.s, run);
+  const Tiling tiling(a.c, a.s, run ? Walk::run : Walk::tiles);
   const int64_t room = tiling.channels * tiling.length, tasks = a.n * tiling.count;
   const auto each_tile = [&](auto&& body) {
     parallel_for(tasks, 4, [&](int64_t begin, int64_t end) {

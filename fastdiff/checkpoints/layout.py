@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from fastdiff.checkpoints.errors import CheckpointError
 from fastdiff.checkpoints.stored import Stored, Weight
@@ -120,9 +121,19 @@ def heads(network: UNet, block: str) -> int:
     return attention.heads if isinstance(attention, Attention) else 0
 
 
+class _NoInitialisation(TorchFunctionMode):
+    """Weights stay blank: drawing them on the meta device costs 1.4 s of imports the first time."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if getattr(func, "__name__", "") in ("kaiming_uniform_", "uniform_", "normal_", "fill_", "zero_"):
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **kwargs)
+
+
 def build(config: UNetConfig) -> UNet:
     """The network without memory for its weights."""
-    with torch.device("meta"):
+    with torch.device("meta"), _NoInitialisation():
         network = UNet(config)
     for module in network.modules():
         if isinstance(module, (PositionalEmbedding, Resample)):
@@ -210,13 +221,18 @@ def require(condition: Any, message: str) -> None:
         raise CheckpointError(message)
 
 
-def options(config: Mapping[str, Any], defaults: Mapping[str, Any], name: str) -> dict[str, Any]:
+def options(
+    config: Mapping[str, Any], defaults: Mapping[str, Any], name: str, presets: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
     """`config` over `defaults`; unknown options are refused by name."""
     unknown = sorted(set(config) - set(defaults))
     require(not unknown, f"config: {name} has no option {', '.join(unknown)}; it has {', '.join(sorted(defaults))}")
     values = {**defaults, **config}
     lacking = [k for k, v in values.items() if v is REQUIRED]
-    require(not lacking, f"config: {name} needs {', '.join(lacking)}; give the arguments the network was built with")
+    remedy = "give the arguments the network was built with"
+    if presets:
+        remedy += f", or a preset, one of {', '.join(presets)}"
+    require(not lacking, f"config: {name} needs {', '.join(lacking)}; {remedy}")
     return values
 
 

@@ -108,7 +108,7 @@ def read(state: Mapping[str, Any], class_name: str | None, config: dict[str, Any
     arguments = {k: v for k, v in given.items() if k not in USE}
     if "model_channels" not in arguments:
         arguments = infer(state) | arguments
-    v = options(arguments, ARGUMENTS, "UNetModel")
+    v = options(arguments, ARGUMENTS, "UNetModel", PRESETS)
     flash = _flat_projection(state) is False
     network = build(_architecture(v))
     order = "flash" if flash or v["use_new_attention_order"] else "legacy"

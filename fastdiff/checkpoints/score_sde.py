@@ -50,6 +50,28 @@ MODEL: dict[str, Any] = {
     "beta_max": 20.0,
     "ema_rate": 0.0,
 }
+CIFAR: dict[str, Any] = {"nf": 128, "ch_mult": (1, 2, 2, 2), "num_res_blocks": 4, "attn_resolutions": (16,), "dropout": 0.1}
+DDPMPP = CIFAR | {"embedding_type": "positional", "fir": False}
+NCSNPP = CIFAR | {
+    "embedding_type": "fourier",
+    "fir": True,
+    "progressive_input": "residual",
+    "scale_by_sigma": True,
+    "sigma_max": 50.0,
+}
+PRESETS: dict[str, dict[str, Any]] = {
+    f"cifar10_{name}{deep}_continuous{sub}": {
+        "data": {"image_size": 32, "num_channels": 3, "centered": name == "ddpmpp"},
+        "training": {"sde": sde, "continuous": True},
+        "model": model | ({"num_res_blocks": 8} if deep else {}),
+    }
+    for name, model, sde, sub in (
+        ("ddpmpp", DDPMPP, "vpsde", ""),
+        ("ddpmpp", DDPMPP, "subvpsde", "_subvp"),
+        ("ncsnpp", NCSNPP, "vesde", ""),
+    )
+    for deep in ("", "_deep")
+}
 SDES = {"vp": "vp", "vpsde": "vp", "subvp": "subvp", "subvpsde": "subvp", "ve": "ve", "vesde": "ve"}
 EXPECTED = {  # what the network has no other way for
     "normalization": "GroupNorm",
@@ -66,10 +88,14 @@ def read(state: Mapping[str, Any], class_name: str | None, config: dict[str, Any
     """The network without weights, where they are, and its SDE."""
     class_name = class_name or "NCSNpp"
     require(class_name == "NCSNpp", f"class_name: {class_name!r} is not read; of score_sde's networks only NCSNpp is")
+    config = dict(config)
+    preset = config.pop("preset", None)
+    require(preset is None or preset in PRESETS, f"config: preset {preset!r} is not known; use one of {', '.join(PRESETS)}")
+    config = (PRESETS[preset] if preset else {}) | config
     config = {k: dict(v) if isinstance(v, Mapping) else v for k, v in config.items()}
     data, training, wrapper = (config.get(k) or {} for k in ("data", "training", "wrapper"))
     model = {k: v for k, v in config.get("model", {}).items() if k in MODEL}
-    v = options(model, MODEL, "NCSNpp")
+    v = options(model, MODEL, "NCSNpp", PRESETS)
     for name, value in EXPECTED.items():
         require(v[name] == value, f"config: model.{name} {v[name]!r} is not read, only {value!r} is")
     network = build(_architecture(v, data))

@@ -106,7 +106,11 @@ def safetensors(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
             first, last = entry["data_offsets"]
             dtype, shape = DTYPES[entry["dtype"]], entry["shape"]
             count = math.prod(shape)
-            if not (0 <= first <= last <= size - 8 - length and (last - first) == count * dtype.itemsize):
+            if not (
+                type(first) is type(last) is int
+                and 0 <= first <= last <= size - 8 - length
+                and (last - first) == count * dtype.itemsize
+            ):
                 raise ValueError(f"bytes {first} to {last} for {shape} of {entry['dtype']}")
             tensors[name] = Stored(from_file(path, 8 + length + first), dtype, count, 0, shape)
         except (KeyError, TypeError, ValueError, OverflowError) as error:

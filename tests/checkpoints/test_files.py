@@ -11,7 +11,8 @@ from writers import diffusers_folder, edm_pickle, score_sde_checkpoint, state_of
 
 import fastdiff
 from fastdiff import CheckpointError, Prediction
-from fastdiff.schedules import DDPM, EDM
+from fastdiff.checkpoints import score_sde
+from fastdiff.schedules import DDPM, EDM, VE, VP
 
 EDM_CASES = ["edm_ddpmpp_cond_aug", "edm_ncsnpp_ve", "edm_adm_cond"]
 DDPM_SCHEDULER = {
@@ -33,12 +34,10 @@ def same(got, expected):
     assert got.network.config == expected.network.config
 
 
-@pytest.mark.parametrize("protocol", [2, 4, 5])
+@pytest.mark.parametrize("protocol", [4, 5])
 @pytest.mark.parametrize("name", EDM_CASES)
 def test_edm_pickle(case, name, protocol, tmp_path):
     """The network's record with its arguments; the code stored beside it is not run."""
-    if protocol == 2:
-        pytest.skip("protocol 2 stores bytes as calls of _codecs.encode; EDM writes protocol 4")
     edm_pickle(tmp_path / "network.pkl", case(name), protocol)
     same(fastdiff.load(tmp_path / "network.pkl"), case(name).model())
 
@@ -84,9 +83,18 @@ def test_score_sde(case, legacy, tmp_path):
     same(fastdiff.load(tmp_path / "checkpoint_8.pth", **data.constructor), data.model())
 
 
+@pytest.mark.parametrize(("preset", "millions"), [("cifar10_ddpmpp_continuous", 61.8), ("cifar10_ncsnpp_continuous", 62.8)])
+def test_score_sde_presets(preset, millions):
+    """The published configurations: NCSN++ sees images in [-1, 1] at twice the level of its own [0, 1]."""
+    network, _, about = score_sde.read({}, None, {"preset": preset})
+    assert round(sum(p.numel() for p in network.parameters()) / 1e6, 1) == millions
+    assert about.schedule == (VP() if "ddpmpp" in preset else VE(0.02, 100.0))
+    assert about.convention.unit_range == ("ncsnpp" in preset)
+
+
 def test_score_sde_needs_its_configuration(case, tmp_path):
     score_sde_checkpoint(tmp_path / "c.pth", case("sde_ddpmpp_vp"))
-    with pytest.raises(CheckpointError, match=r"NCSNpp needs nf, ch_mult, .*; give .* preset"):
+    with pytest.raises(CheckpointError, match=r"NCSNpp needs nf, ch_mult, .*; give .* preset, one of cifar10_"):
         fastdiff.load(tmp_path / "c.pth")
 
 
@@ -184,7 +192,7 @@ def test_weights_that_do_not_fit(case, tmp_path):
         (
             "diffusers",
             None,
-            {"sample_size": 8, "down_block_types": ("KDownBlock2D",)},
+            {"down_block_types": ("KDownBlock2D",)},
             "down block 'KDownBlock2D' is not read",
         ),
     ],
