@@ -30,9 +30,14 @@ def sample(
         str | None, typer.Option(help="One that `fastdiff samplers` lists. [default: the best for the model]")
     ] = None,
     times: Annotated[str | None, typer.Option(help="Where to evaluate, such as 80,0.821 (consistency, ddim, ddpm).")] = None,
+    option: Annotated[
+        list[str] | None, typer.Option(help="A sampler's option, eta=0.5 or spacing=logsnr; repeat it.")
+    ] = None,
     batch_size: Annotated[int | None, typer.Option(help="Images per network call.")] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1. [default: a GPU where there is one]")] = None,
-    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16: what the network computes in.")] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="float32, bfloat16, float16 or float64: what the network computes in.")
+    ] = None,
 ) -> None:
     """Draw images and write them as one PNG.
 
@@ -46,7 +51,7 @@ def sample(
     """
     from fastdiff.commands import sample_command
 
-    sample_command.run(model, nfe, n, seeds, labels, out, like, sampler, times, batch_size, device, dtype)
+    sample_command.run(model, nfe, n, seeds, labels, out, like, sampler, times, option, batch_size, device, dtype)
 
 
 @app.command()

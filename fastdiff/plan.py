@@ -6,7 +6,6 @@ combination of what the sampler holds. Rows are float64 on the host and a small 
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import numpy as np
 import torch
@@ -17,6 +16,7 @@ from fastdiff.denoiser import Prediction
 from fastdiff.ops.denoise_step import HISTORY, C, K
 from fastdiff.ops.langevin_step import L, Norms, langevin_row
 from fastdiff.schedules import Schedule
+from fastdiff.stepwise import Guidance
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,25 +145,6 @@ class Plan:
         return f"{self.name}, {self.nfe} evaluation{'s' if self.nfe != 1 else ''} at t = {times}"
 
 
-@dataclasses.dataclass(frozen=True)
-class Guidance:
-    """F_u + weight (F - F_u) in place of F.
-
-    F_u is the network's own output for the labels `without` (classifier-free guidance, one doubled batch) or that of
-    another, weaker network (autoguidance). interval: lowest and highest sigma / alpha where it applies.
-    """
-
-    weight: Tensor  # [1] or [B]
-    without: Tensor | None = None  # int64 [B]
-    network: Callable[..., Tensor] | None = None
-    interval: tuple[float, float] | None = None
-
-    @property
-    def copies(self) -> int:
-        """Of the batch in one network call."""
-        return 2 if self.network is None else 1
-
-
 @dataclasses.dataclass
 class Buffers:
     """Everything the loop writes: made once, then only updated in place."""
@@ -223,47 +204,69 @@ def execute(
     called after each row.
     """
     b = prepare(plan, seeds, shape, dtype, x_T, start=start, copies=guidance.copies if guidance else 1)
-    table, codes = plan.tables(guidance.interval if guidance else None)
-    given = stepwise.given(noise, plan.draws, plan.name, b.x)
-    if given is not None:
-        table[:, [C.N1, C.N2, C.N_V]] = 0.0
-    rows, words = torch.from_numpy(table).to(b.x), torch.from_numpy(codes).to(b.x.device)
-    corrector, draws = plan.langevin_tables()
-    corrections, draw_words = torch.from_numpy(corrector).to(b.x), torch.from_numpy(draws).to(b.x.device)
-    for i, row in enumerate(plan.rows):
-        F: Any = None
-        F_u = V = weight = None
-        if row.evaluate:
-            c_noise = rows[b.row, C.NOISE].expand(len(b.net_in))
-            F, F_u, V = _evaluate(network, b.net_in, c_noise, labels, guidance, shape[0])
-            weight = guidance.weight.to(b.x) if guidance is not None else None
-            if adjust is not None or (row.langevin is not None and F_u is not None):
-                c = plan.prediction.coefficients(plan.schedule, row.t)
-                pair = (float(c.c_skip), float(c.c_out))
-                change = (lambda d, one: d) if adjust is None else (lambda d, one, i=i: adjust(d, one, i))
-                F, F_u = stepwise.adjusted(b.x, F, F_u, weight, float(table[i, C.GUIDE]), *pair, change), None
-        if row.langevin is None:
-            _check_variance(row, V, shape[0])
-            V = V if plan.learns else None
-            weight = None if F_u is None else weight
-            ops.denoise_step(b.x, F, b.saved, b.history, b.net_in, seeds, rows, words, b.row, F_u, weight, V)
-            if given is not None:
-                stepwise.add(given, row.noise, row.learned, V, b.x, b.net_in, float(table[i, C.NEXT_IN]))
-        elif given is None:
-            _langevin(b, F, seeds, corrections, draw_words, plan.norms)
-        else:
-            stepwise.langevin(b.x, F, given[next(iter(row.noise))], b.net_in, corrector[i], plan.norms)
-        b.row += 1
+    loop = _Loop(plan, network, seeds, labels, b, guidance, adjust, stepwise.given(noise, plan.draws, plan.name, b.x))
+    for i in range(len(plan.rows)):
+        loop.step(i)
         if on_row is not None:
             on_row(i, b.x)
     return b.x
 
 
-def _langevin(b: Buffers, F, seeds: Tensor, table: Tensor, draws: Tensor, norms: Norms) -> None:
-    copies = b.net_in.split(max(len(b.x), 1))
-    ops.langevin_step(b.x, F, copies[0], seeds, table, draws, b.row, norms)
-    for other in copies[1:]:
-        other.copy_(copies[0])
+class _Loop:
+    """One run of a plan: its tables on the host and on the device, and what each row does with the buffers."""
+
+    def __init__(self, plan: Plan, network, seeds: Tensor, labels, b: Buffers, guidance, adjust, given):
+        self.plan, self.network, self.seeds, self.labels, self.b = plan, network, seeds, labels, b
+        self.guidance, self.adjust, self.given = guidance, adjust, given
+        self.table, codes = plan.tables(guidance.interval if guidance else None)
+        if given is not None:
+            self.table[:, [C.N1, C.N2, C.N_V]] = 0.0
+        self.corrector, draws = plan.langevin_tables()
+        self.rows, self.corrections = (torch.from_numpy(v).to(b.x) for v in (self.table, self.corrector))
+        self.codes, self.draws = (torch.from_numpy(v).to(b.x.device) for v in (codes, draws))
+        self.weight = guidance.weight.to(b.x) if guidance else None
+
+    def step(self, i: int) -> None:
+        """Carry out row i."""
+        row, b = self.plan.rows[i], self.b
+        F, F_u, V = self.evaluate(i, row) if row.evaluate else (None, None, None)
+        if row.langevin is not None and F is not None:
+            self.correct(i, row, F)
+        else:
+            _check_variance(row, V, b.x.shape[1])
+            V = V if self.plan.learns else None
+            weight = None if F_u is None else self.weight
+            state = (b.x, F, b.saved, b.history, b.net_in)
+            ops.denoise_step(*state, self.seeds, self.rows, self.codes, b.row, F_u, weight, V)
+            if self.given is not None:
+                stepwise.add(self.given, row.noise, row.learned, V, b.x, b.net_in, float(self.table[i, C.NEXT_IN]))
+        b.row += 1
+
+    def evaluate(self, i: int, row: Row) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """The outputs of row i: F, F_u and V, the last two None where there are none."""
+        b = self.b
+        c_noise = self.rows[b.row, C.NOISE].expand(len(b.net_in))
+        F, F_u, V = stepwise.outputs(self.network, b.net_in, c_noise, self.labels, self.guidance, b.x.shape[1])
+        # langevin_step knows no guidance
+        if self.adjust is not None or (row.langevin is not None and F_u is not None):
+            c = self.plan.prediction.coefficients(self.plan.schedule, row.t)
+            adjust = self.adjust or (lambda d, unguided, i: d)
+            guide = float(self.table[i, C.GUIDE])
+            change = lambda d, unguided: adjust(d, unguided, i)  # noqa: E731
+            F = stepwise.adjusted(b.x, F, F_u, self.weight, guide, float(c.c_skip), float(c.c_out), change)
+            F_u = None
+        return F, F_u, V
+
+    def correct(self, i: int, row: Row, F: Tensor) -> None:
+        """One Langevin step."""
+        b, norms = self.b, self.plan.norms
+        if self.given is not None:
+            stepwise.langevin(b.x, F, self.given[next(iter(row.noise))], b.net_in, self.corrector[i], norms)
+            return
+        first, *others = b.net_in.split(max(len(b.x), 1))
+        ops.langevin_step(b.x, F, first, self.seeds, self.corrections, self.draws, b.row, norms)
+        for other in others:
+            other.copy_(first)
 
 
 def _check_variance(row: Row, V: Tensor | None, channels: int) -> None:
@@ -271,18 +274,3 @@ def _check_variance(row: Row, V: Tensor | None, channels: int) -> None:
         raise ValueError(
             f"variance: the network returns {channels} channels and no variance, which takes {2 * channels}; use 'large'"
         )
-
-
-def _evaluate(network, net_in: Tensor, c_noise: Tensor, labels, guidance, channels: int):
-    """F, F_u and V, the last two None where there are none."""
-    extra = [] if labels is None else [labels]
-    if guidance is None:
-        out, out_u = network(net_in, c_noise, *extra), None
-    elif guidance.network is not None:
-        out, out_u = network(net_in, c_noise, *extra), guidance.network(net_in, c_noise, *extra)
-    else:
-        out, out_u = network(net_in, c_noise, torch.cat([labels, guidance.without])).chunk(2)
-    if out.shape[1] == channels:
-        return out, out_u, None
-    # a network that learns variances returns them in as many channels again
-    return out[:, :channels], None if out_u is None else out_u[:, :channels], out[:, channels:]

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from fastdiff.model import Model
-from fastdiff.plan import Guidance, Plan
+from fastdiff.plan import Plan
 from fastdiff.samplers import SAMPLERS
+from fastdiff.stepwise import Guidance
 
 FRESH_SEEDS = 2**48  # a fresh run starts at a random seed below this, short enough to copy by hand
 FEW, MANY = 4, 250  # below the one Euler or DDIM, from the other on a DDPM chain ancestral sampling
@@ -48,6 +49,8 @@ def make_plan(model: Model, nfe: int, sampler: str = "auto", **options: Any) -> 
     for statistic in ("gamma", "mse"):
         if statistic in allowed and statistic in model.info:
             options.setdefault(statistic, model.info[statistic])
+    if name == "ddpm" and model.prediction.learned_variance:
+        options.setdefault("variance", "learned")
     return SAMPLERS[name](model.schedule, model.prediction, nfe, **options)
 
 

@@ -1,11 +1,46 @@
-"""What the loop does beside the fused ops: given noise, and estimates changed in ways that no row of a plan can."""
+"""What the loop does beside the fused ops: guidance, given noise, and estimates changed in ways that no row can."""
 
+import dataclasses
 from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from fastdiff.ops.langevin_step import L, Norms
+
+
+@dataclasses.dataclass(frozen=True)
+class Guidance:
+    """F_u + weight (F - F_u) in place of F.
+
+    F_u is the network's own output for the labels `without` (classifier-free guidance, one doubled batch) or that of
+    another, weaker network (autoguidance). interval: lowest and highest sigma / alpha where it applies.
+    """
+
+    weight: Tensor  # [1] or [B]
+    without: Tensor | None = None  # int64 [B]
+    network: Callable[..., Tensor] | None = None
+    interval: tuple[float, float] | None = None
+
+    @property
+    def copies(self) -> int:
+        """Of the batch in one network call."""
+        return 2 if self.network is None else 1
+
+
+def outputs(network, net_in: Tensor, c_noise: Tensor, labels, guidance, channels: int):
+    """F, F_u and V, the last two None where there are none."""
+    extra = [] if labels is None else [labels]
+    if guidance is None:
+        out, out_u = network(net_in, c_noise, *extra), None
+    elif guidance.network is not None:
+        out, out_u = network(net_in, c_noise, *extra), guidance.network(net_in, c_noise, *extra)
+    else:
+        out, out_u = network(net_in, c_noise, torch.cat([labels, guidance.without])).chunk(2)
+    if out.shape[1] == channels:
+        return out, out_u, None
+    # a network that learns variances returns them in as many channels again
+    return out[:, :channels], None if out_u is None else out_u[:, :channels], out[:, channels:]
 
 
 def given(noise: Sequence[Tensor] | None, needed: int, name: str, x: Tensor) -> list[Tensor] | None:

@@ -184,6 +184,21 @@ def test_train_refuses_a_misspelt_preset_and_missing_data(fastdiff_command):
     assert "images: -1" in fastdiff_command("train", "--preset", "mnist-edm", "--data", ".", "--out", "r", "--images", -1)[2]
 
 
+def test_sampler_options(fastdiff_command, checkpoint):
+    """--option passes what the sampler takes, is stored and repeated, and is refused like any other argument."""
+    request = ("sample", checkpoint, "--nfe", 4, "--seeds", "0-3", "--sampler", "ddim", "--option", "eta=0.5")
+    assert fastdiff_command(*request, "--option", "spacing=quadratic", "--option", "clip=true", "--out", "a.png")[0] == 0
+    assert read_metadata("a.png")["request"]["options"] == {"eta": 0.5, "spacing": "quadratic", "clip": True}
+    assert fastdiff_command("sample", "--like", "a.png", "--out", "b.png")[0] == 0
+    assert np.array_equal(pixels("a.png"), pixels("b.png"))
+    for wrong, words in (
+        ("eta", "'eta' is no option; write name=value"),
+        ("zeta=1", "zeta: sampler 'ddim' has no such option"),
+    ):
+        status, _, err = fastdiff_command(*request, "--option", wrong, "--out", "c.png")
+        assert status == 2 and words in err and not Path("c.png").exists()
+
+
 def files(folder):
     return {path.name: path.read_bytes() for path in Path(folder).iterdir()}
 

@@ -218,9 +218,14 @@ def test_numpy_integers_count(name):
         (lambda: samplers.consistency(EDM(), F, 2, times=[80.0, math.nan]), ValueError, "times: nan lies outside"),
         (lambda: samplers.euler_maruyama(EDM(), F, 9), ValueError, "EDM has no SDE here; use VP, SubVP or VE"),
         (
-            lambda: samplers.reverse_sde(VP(), EPS, 20),
+            lambda: samplers.reverse_sde(VP(), EPS, 19),
             ValueError,
-            "in 20 steps would have betas of 1 and more; use more than 20",
+            "in 19 steps would have betas beyond 1; use 20 or more",
+        ),
+        (
+            lambda: samplers.reverse_sde(VP(), EPS, 20, predictor="ancestral"),
+            ValueError,
+            "in 20 steps would have betas beyond 1; use 21 or more",
         ),
         (
             lambda: samplers.reverse_sde(VP(), EPS, 7, corrector="ald"),

@@ -1,5 +1,6 @@
 """sample() with given noise, in float64, guided, thresholded, from a start: each against the formula written out."""
 
+import dataclasses
 import math
 
 import numpy as np
@@ -216,6 +217,11 @@ def test_learned_variance():
         # variance in the output, not asked for: left alone
         other = fastdiff.sample(net(v), 20, seeds=SEEDS, sampler="ddpm", variance="small")
         assert torch.equal(other, fastdiff.sample(plain, 20, seeds=SEEDS, sampler="ddpm", variance="small"))
+    # a model that says it learns variances is sampled so by default
+    model = net(0.3)
+    model.prediction = dataclasses.replace(model.prediction, learned_variance=True)
+    request = {"seeds": SEEDS, "sampler": "ddpm"}
+    assert torch.equal(fastdiff.sample(model, 20, **request), fastdiff.sample(net(0.3), 20, variance="learned", **request))
     noise = drawn(fastdiff.make_plan(plain, 20, "ddpm"))
     request = {"sampler": "ddpm", "variance": "learned"}
     own, given = fastdiff.sample(net(0.3), 20, seeds=SEEDS, **request), fastdiff.sample(net(0.3), 20, noise=noise, **request)

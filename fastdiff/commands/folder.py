@@ -66,7 +66,7 @@ def _shares(seeds: list[int], size: int, rank: int, world: int) -> Iterator[tupl
 
 def _claim(out: Path, model: Model, request: dict[str, Any], size: int) -> None:
     """Note in the folder what its images are; refuse one that holds images of another request."""
-    about = {k: request[k] for k in ("nfe", "sampler", "times", "labels")}
+    about = {k: request[k] for k in ("nfe", "sampler", "times", "options", "labels")}
     about |= {"model_hash": model.hash(), "dtype": str(request["dtype"]).removeprefix("torch."), "batch_size": size}
     text = json.dumps(about, indent=1, sort_keys=True) + "\n"
     out.mkdir(parents=True, exist_ok=True)

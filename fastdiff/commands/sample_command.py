@@ -1,6 +1,7 @@
 """`fastdiff sample`."""
 
 import datetime
+import json
 import os
 import tempfile
 from pathlib import Path
@@ -17,7 +18,7 @@ from fastdiff.ops import implementations
 from fastdiff.sample import Samples
 from fastdiff.sample import run as draw
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 USED = ("philox_normal", "denoise_step", "group_norm_silu")  # what sampling with a UNet runs
 
 
@@ -31,6 +32,7 @@ def run(
     like: Path | None,
     sampler: str | None,
     times: str | None,
+    option: list[str] | None,
     batch_size: int | None,
     device: str | None,
     dtype: str | None,
@@ -43,6 +45,7 @@ def run(
         "labels": None if labels is None else parse_numbers(labels, int, "labels"),
         "sampler": sampler,
         "times": None if times is None else parse_numbers(times, float, "times"),
+        "options": parse_options(option) if option else None,
         "dtype": dtype,
     }
     request: dict[str, Any] = dict.fromkeys(given) | {"nfe": 2, "sampler": "auto", "dtype": "float32"}
@@ -55,7 +58,8 @@ def run(
         request["labels"] = None
     if request["dtype"] not in DTYPES:
         raise ValueError(f"dtype: {request['dtype']!r} is not supported; use one of {', '.join(DTYPES)}")
-    options: dict[str, Any] = {} if request["times"] is None else {"times": request["times"]}
+    options: dict[str, Any] = dict(request["options"] or {})
+    options |= {} if request["times"] is None else {"times": request["times"]}
     if given["seeds"] is not None and (out.is_dir() or not out.suffix):
         source = packaged(request["nfe"]) if request["model"] is None else request["model"]
         request |= {"device": device, "dtype": DTYPES[request["dtype"]]}
@@ -98,6 +102,20 @@ def parse_numbers(text: str, kind: type, name: str) -> list[Any]:
         return [kind(part) for part in text.split(",")]
     except ValueError as error:
         raise ValueError(f"{name}: {text!r} is no comma-separated list of {kind.__name__} values ({error})") from error
+
+
+def parse_options(texts: list[str]) -> dict[str, Any]:
+    """ "eta=0.5", "spacing=logsnr", "to_zero=false" -> the sampler's options; values are JSON, or else words."""
+    options: dict[str, Any] = {}
+    for text in texts:
+        name, equals, value = text.partition("=")
+        if not (name.isidentifier() and equals and value):
+            raise ValueError(f"option: {text!r} is no option; write name=value, such as eta=0.5")
+        try:
+            options[name] = json.loads(value)
+        except json.JSONDecodeError:
+            options[name] = value
+    return options
 
 
 def check_writable(out: Path) -> None:

@@ -127,10 +127,11 @@ def reverse_sde(
         raise ValueError(f"norms: {norms!r} is not known; use 'sample', or 'batch' for the original's averages")
     n = nfe // each
     chained = corrector is not None or predictor != "euler-maruyama"
-    if chained and isinstance(schedule, VP) and n <= schedule.beta_1:
-        raise ValueError(
-            f"nfe: {name} in {n} steps would have betas of 1 and more; use more than {math.floor(schedule.beta_1) * each}"
-        )
+    # ancestral sampling divides by sqrt(1 - beta)
+    beta_1 = schedule.beta_1 if chained and isinstance(schedule, VP) else 0.0
+    fewest = math.floor(beta_1) + 1 if predictor == "ancestral" else math.ceil(beta_1)
+    if n < fewest:
+        raise ValueError(f"nfe: {name} in {n} steps would have betas beyond 1; use {fewest * each} or more")
     update = update_of(schedule, n, predictor, probability_flow)
     recipe = Recipe(name, schedule, prediction, float(update.t[0]), clip=clip)
     x, draw = recipe.x, 0

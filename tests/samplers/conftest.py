@@ -72,16 +72,18 @@ def replay(
     noise: Callable[[int], torch.Tensor],
     V: float = 0.0,
     override: Callable[[int, torch.Tensor], torch.Tensor] = lambda i, x: x,
+    dtype: torch.dtype = torch.float64,
 ) -> torch.Tensor:
-    """The rows of the plan carried out by hand in float64 from unit noise x, with noise(draw) as its draws.
+    """The rows of the plan carried out by hand, in float64, from unit noise x, with noise(draw) as its draws.
 
     V is what the network says of its variance, the same everywhere. override(i, x) may replace the state after row i.
+    dtype: float32 for what plain arithmetic in it loses.
     """
     schedule, history, saved = plan.schedule, {}, None
-    x = x.double() * plan.prior_std
+    x = x.to(dtype) * plan.prior_std
     for i, row in enumerate(plan.rows):
         if row.langevin is not None:
-            x = override(i, corrected(plan, row, data, x, noise(next(iter(row.noise))).double()))
+            x = override(i, corrected(plan, row, data, x, noise(next(iter(row.noise))).to(dtype)))
             continue
         new = row.x * x
         if row.evaluate:
@@ -97,7 +99,7 @@ def replay(
             if k == 0 and row.learned is not None:
                 low, high = row.learned
                 amount += math.exp(((1 + V) * high + (1 - V) * low) / 4)
-            new = new + amount * noise(draw).double()
+            new = new + amount * noise(draw).to(dtype)
         if row.save_x:
             saved = x
         if row.save_d is not None:

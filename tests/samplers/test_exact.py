@@ -115,11 +115,14 @@ def test_gaussian_samples(name, make_mixture, replay):
     x = fastdiff.sample(model, nfe, seeds=SEEDS, sampler=sampler, clip_output=False, progress=False, **options).double()
     assert abs(x.mean() - mean) <= 4 * std / math.sqrt(N)
     assert abs(x.std() / std - 1) <= 4 / math.sqrt(2 * N)
+    # covariance: neighbours in every direction, images included, are independent
+    u = (x - x.mean()) / x.std()
+    for axis in range(4):
+        product = u * u.roll(1, axis)
+        assert abs(product.mean()) <= 4 / math.sqrt(N), axis
 
 
-@pytest.mark.parametrize(
-    "name", ["ddpm-large", "ddim-eta1", "heun", "heun-churn", "em-vp", "dpm-sde", "sde-3m", "restart", "unipc"]
-)
+@pytest.mark.parametrize("name", RUNS)
 def test_mixture_weights(name, make_mixture):
     """Each pixel its own mixture of modes 10 deviations apart: the share of the first mode is its weight."""
     data = make_mixture((0.7, 0.3), (0.5, -0.5), (0.1, 0.1), per_pixel=True)
