@@ -1,4 +1,4 @@
-.PHONY: check test bench format
+.PHONY: check test bench format gpu-check kernel-table
 
 check: ## format, lint, types, tests
 	ruff format --check . && ruff check . && mypy && pytest
@@ -11,3 +11,9 @@ test: ## the tests
 
 bench: ## throughput against plain PyTorch and torch.compile
 	pytest benchmarks/
+
+gpu-check: ## everything that a GPU has to say, in under nine minutes; results in $$OUT or benchmarks/results
+	python benchmarks/gpu_check.py
+
+kernel-table: ## docs/kernels.md: registers, shared memory and occupancy of every kernel
+	python tests/kernels/kernel_table.py

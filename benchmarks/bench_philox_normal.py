@@ -2,13 +2,14 @@
 
 import pytest
 import torch
+from harness import beyond_cache
 
 from fastdiff import ops
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 def test_philox_normal(compare, device, dtype):
-    batch, shape = 64, (3, 64, 64)
+    batch, shape = beyond_cache(64, 3 * 64 * 64 * dtype.itemsize), (3, 64, 64)
     seeds = ops.seed_tensor(range(batch), device)
 
     def check():
@@ -22,4 +23,6 @@ def test_philox_normal(compare, device, dtype):
         "pytorch": lambda: torch.randn((batch, *shape), dtype=dtype, device=device),
     }
     moved = batch * 3 * 64 * 64 * dtype.itemsize
-    compare("philox_normal", f"{batch}x3x64x64 {str(dtype)[6:]}", variants, check, moved=moved)
+    # The SASS for sm_90 has 512 instructions for the 8 values of a thread (tests/kernels/compile_ahead.py).
+    issue = {"elements": batch * 3 * 64 * 64, "instructions_per_element": 64}
+    compare("philox_normal", f"{batch}x3x64x64 {str(dtype)[6:]}", variants, check, moved=moved, **issue)

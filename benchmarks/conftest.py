@@ -1,103 +1,81 @@
-"""The benchmark harness: variants interleaved in one run, medians, GB/s beside the machine's own copy bandwidth.
+"""The benchmarks' fixtures. `pytest benchmarks/` prints one table at the end and writes it as JSON (see harness.py).
 
 A benchmark calls `compare` with its variants ("fastdiff" first, then peers), the bytes that one pass must move, and a
-check of the result. `pytest benchmarks/` prints one table at the end and writes it as JSON to benchmarks/results/ (or the
-folder that OUT names). `pytest benchmarks/ --benchmark-disable` runs each check and both eager variants once, untimed.
+check of the result. `pytest benchmarks/ --benchmark-disable` runs each check and both eager variants once, untimed.
+pytest-benchmark keeps its own records where it is installed; nothing here needs it.
 """
 
-import dataclasses
-import datetime
 import importlib.util
-import json
 import os
-import platform
-import statistics
-import time
-from pathlib import Path
 
+import harness
 import pytest
-import torch
+from harness import Row
 
-from fastdiff.info import versions
-from fastdiff.ops import native
-
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-ROUNDS = 15  # interleaved samples of every variant
-SAMPLE_SECONDS = 0.02  # least duration of one sample
-ROOF_BYTES = {"cpu": 2**27, "cuda": 2**30}  # far beyond the last cache
-ROWS: list["Row"] = []
+PLUGIN = importlib.util.find_spec("pytest_benchmark") is not None
+ROWS: list[Row] = []
 
 
-@dataclasses.dataclass
-class Row:
-    """One line of the table. `work` is what the rate counts: bytes moved, or images."""
-
-    op: str
-    case: str
-    work: float
-    unit: str  # "GB/s" or "images/s"
-    seconds: dict[str, float]  # variant -> median
-    skipped: dict[str, str]  # peer -> why
-    roof: float | None  # in the same unit
-
-    @property
-    def rate(self) -> float:
-        return self.work / self.seconds["fastdiff"]
-
-    def ratio(self, peer: str) -> float:
-        return self.seconds[peer] / self.seconds["fastdiff"]
+def pytest_addoption(parser):
+    if not PLUGIN:
+        parser.addoption("--benchmark-disable", action="store_true", help="run each check once, untimed")
 
 
-def sync() -> None:
-    if DEVICE == "cuda":
-        torch.cuda.synchronize()
+class Untimed:
+    """Stands in for pytest-benchmark's fixture where the plugin is not installed."""
+
+    def __init__(self, disabled: bool):
+        self.disabled, self.extra_info = disabled, {}
+
+    def __call__(self, fn):
+        return fn()
+
+    def pedantic(self, fn, **_):
+        return fn()
 
 
-def seconds_per_call(fn, calls: int) -> float:
-    sync()
-    start = time.perf_counter()
-    for _ in range(calls):
-        fn()
-    sync()
-    return (time.perf_counter() - start) / calls
+if not PLUGIN:
 
-
-def medians(variants: dict) -> dict[str, float]:
-    """Median seconds per call, the variants taking turns so that a busy neighbour hits all of them alike."""
-    calls = {}
-    for name, fn in variants.items():
-        seconds_per_call(fn, 2)
-        calls[name] = max(1, round(SAMPLE_SECONDS / seconds_per_call(fn, 1)))
-    taken: dict[str, list[float]] = {name: [] for name in variants}
-    for _ in range(ROUNDS):
-        for name, fn in variants.items():
-            taken[name].append(seconds_per_call(fn, calls[name]))
-    return {name: statistics.median(values) for name, values in taken.items()}
+    @pytest.fixture
+    def benchmark(request):
+        return Untimed(request.config.getoption("--benchmark-disable"))
 
 
 @pytest.fixture(scope="session")
 def copy_roof() -> float:
-    """Bytes per second of a plain copy, read and write counted: the roof of every memory-bound op."""
-    source = torch.ones(ROOF_BYTES[DEVICE] // 4, device=DEVICE)
-    target = torch.empty_like(source)
-    return 2 * source.nbytes / medians({"copy": lambda: target.copy_(source)})["copy"]
+    return harness.copy_roof()
 
 
 @pytest.fixture
 def compare(benchmark, request):
-    """compare(op, case, variants, check, moved= or images=, skipped=): check, then time, then keep a row."""
+    """compare(op, case, variants, check, moved= or flops= or images= or calls=, ...): check, then time, then keep a row.
 
-    def run(op, case, variants, check, *, moved=None, images=None, skipped=None):
+    moved: bytes; flops: floating-point operations; images; calls: launch cost alone. elements and
+    instructions_per_element (from the SASS, docs/kernels.md) give a GPU's second roof. skipped: {peer: why it is not here}.
+    """
+
+    def run(
+        op, case, variants, check, *, moved=None, flops=None, images=None, calls=None, skipped=None,
+        elements=0, instructions_per_element=None,
+    ):  # fmt: skip
         check()
         if benchmark.disabled:
             benchmark(variants["fastdiff"])
-            variants["pytorch"]()  # torch.compile's minutes are left to the real run
+            variants.get("pytorch", variants["fastdiff"])()  # torch.compile's minutes are left to the real run
             return
-        seconds = medians(variants)
-        work, unit, roof = (moved, "GB/s", request.getfixturevalue("copy_roof")) if moved else (images, "images/s", None)
-        row = Row(op, case, work, unit, seconds, skipped or {}, roof)
+        seconds = harness.medians(variants)
+        replayed, refused = harness.replayed(variants)
+        work, unit = next(
+            (work, unit)
+            for work, unit in ((moved, "GB/s"), (flops, "GFLOP/s"), (images, "images/s"), (calls, "calls/s"))
+            if work
+        )
+        roof = request.getfixturevalue("copy_roof") if moved else None
+        issue = harness.issue_roof(work, elements, instructions_per_element)
+        row = Row(op, case, work, unit, seconds, {**(skipped or {}), **refused}, roof, issue, replayed)
         ROWS.append(row)
-        benchmark.extra_info.update(dataclasses.asdict(row) | {"rate": row.rate})
+        harness.save(ROWS, os.environ.get("FASTDIFF_BENCH_RECORD", f"throughput-{harness.DEVICE}"))
+        benchmark.extra_info.update(row.record())
         benchmark.pedantic(variants["fastdiff"], rounds=5, iterations=1, warmup_rounds=1)
 
     return run
@@ -105,7 +83,12 @@ def compare(benchmark, request):
 
 @pytest.fixture(scope="session")
 def device() -> str:
-    return DEVICE
+    return harness.DEVICE
+
+
+@pytest.fixture(scope="session")
+def timed():
+    return medians
 
 
 @pytest.fixture(scope="session")
@@ -126,40 +109,13 @@ def pytest_configure(config):
 def pytest_terminal_summary(terminalreporter):
     if not ROWS:
         return
-    peers = list(dict.fromkeys(p for row in ROWS for p in row.seconds if p != "fastdiff"))
-    write = terminalreporter.write_line
+    write, head = terminalreporter.write_line, harness.header()
     terminalreporter.section("throughput")
-    write(f"{header()['device']}; {'  '.join(f'{k} {v}' for k, v in versions().items())}")
-    write("x PEER: how many times faster than it; % roof: of the bandwidth of a plain copy measured in this run")
-    write(f"{'op':<17}{'case':<44}{'ms':>9}{'rate':>16}{'% roof':>8}" + "".join(f"{'x ' + p:>12}" for p in peers))
-    for row in ROWS:
-        rate = f"{row.rate / 1e9:.1f} GB/s" if row.unit == "GB/s" else f"{row.rate:.1f} images/s"
-        roof = f"{100 * row.rate / row.roof:.0f}" if row.roof else ""
-        ratios = "".join(f"{row.ratio(p):>12.2f}" if p in row.seconds else f"{'-':>12}" for p in peers)
-        write(f"{row.op:<17}{row.case:<44}{1e3 * row.seconds['fastdiff']:>9.3f}{rate:>16}{roof:>8}{ratios}")
+    write(f"{head['device']}; {'  '.join(f'{k} {v}' for k, v in head['versions'].items())}")
+    write(harness.LEGEND)
+    for line in harness.table(ROWS):
+        write(line)
     for row in ROWS:
         for peer, why in row.skipped.items():
-            write(f"{row.op}: peer {peer} skipped: {why}")
-    write(f"written to {save()}")
-
-
-def header() -> dict:
-    if DEVICE == "cuda":
-        name = torch.cuda.get_device_name()
-    else:
-        name = f"{platform.machine()} CPU, {torch.get_num_threads()} threads, {native()}"
-    return {
-        "device": name,
-        "versions": versions(),
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "load": os.getloadavg(),
-    }
-
-
-def save() -> Path:
-    folder = Path(os.environ.get("OUT") or Path(__file__).parent / "results")
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"throughput-{DEVICE}.json"
-    rows = [dataclasses.asdict(row) | {"rate": row.rate} for row in ROWS]
-    path.write_text(json.dumps(header() | {"rows": rows}, indent=1) + "\n")
-    return path
+            write(f"{row.op}, {row.case}: {peer}: {why}")
+    write(f"written to {harness.folder()}")

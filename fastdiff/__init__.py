@@ -9,13 +9,15 @@ from fastdiff.denoiser import Denoiser, Prediction
 from fastdiff.info import info
 from fastdiff.model import CheckpointError, Model, from_state_dict, load, wrap
 from fastdiff.plan import Plan
-from fastdiff.sample import Samples, make_plan, run, sample
+from fastdiff.request import Guide, make_plan
+from fastdiff.sample import Samples, run, sample
 from fastdiff.unet import UNet, UNetConfig
 from fastdiff.version import __version__
 
 __all__ = [
     "CheckpointError",
     "Denoiser",
+    "Guide",
     "Model",
     "Plan",
     "Prediction",

@@ -6,9 +6,6 @@ from typing import Annotated
 
 import typer
 
-# Written out, so that --help need not import torch; a test holds it to SAMPLERS.
-NAMES = ("auto", "consistency", "ddim", "ddpm", "euler", "euler-maruyama", "heun")
-
 app = typer.Typer(
     name="fastdiff",
     no_args_is_help=True,
@@ -29,7 +26,9 @@ def sample(
     labels: Annotated[str | None, typer.Option(help="Classes, 7 or 0,1,2. [default: seed modulo classes]")] = None,
     out: Annotated[Path, typer.Option(help="PNG to write: a grid whose metadata can repeat it.")] = Path("samples.png"),
     like: Annotated[Path | None, typer.Option(help="Repeat the request stored in this PNG.")] = None,
-    sampler: Annotated[str | None, typer.Option(help="One of " + ", ".join(NAMES) + ".")] = None,
+    sampler: Annotated[
+        str | None, typer.Option(help="One that `fastdiff samplers` lists. [default: the best for the model]")
+    ] = None,
     times: Annotated[str | None, typer.Option(help="Where to evaluate, such as 80,0.821 (consistency, ddim, ddpm).")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Images per network call.")] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1. [default: a GPU where there is one]")] = None,
@@ -46,6 +45,14 @@ def sample(
     from fastdiff.commands import sample_command
 
     sample_command.run(model, nfe, n, seeds, labels, out, like, sampler, times, batch_size, device, dtype)
+
+
+@app.command()
+def samplers() -> None:
+    """List the samplers: order of convergence, evaluations they can make, paper."""
+    from fastdiff.commands import samplers_command
+
+    samplers_command.run()
 
 
 @app.command()

@@ -5,6 +5,7 @@ since every one of them is linear in (x0, n).
 """
 
 import dataclasses
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,9 +13,21 @@ from numpy.typing import ArrayLike
 from torch import Tensor
 
 from fastdiff import ops
-from fastdiff.schedules import DDPM, EDM, VP, Schedule, SubVP, from_dict, to_dict
+from fastdiff.ops.schedule_coefficients import Column, Law, Target
+from fastdiff.schedules import DDPM, EDM, VE, VP, Flow, Schedule, SubVP, TrigFlow, from_dict, to_dict
 
 KINDS = ("eps", "x0", "v", "score", "flow", "ve", "edm", "consistency")
+
+# Schedule -> its law in ops.schedule_coefficients and the fields that are the law's p0 and p1.
+LAWS: dict[type[Schedule], tuple[Law, tuple[str, ...]]] = {
+    EDM: (Law.VE, ()),
+    VE: (Law.VE, ()),
+    VP: (Law.VP, ("beta_0", "beta_1")),
+    SubVP: (Law.SUB_VP, ("beta_0", "beta_1")),
+    DDPM: (Law.TABLE, ()),
+    Flow: (Law.FLOW, ()),
+    TrigFlow: (Law.TRIG, ("sigma_data",)),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -152,26 +165,80 @@ class Prediction:
         return (1 - c.c_skip * schedule.alpha(t)) / c.c_out, -c.c_skip * schedule.sigma(t) / c.c_out
 
 
+class DeviceCoefficients:
+    """Times [...] -> alpha, sigma, log SNR, c_skip, c_out, c_in, c_noise, [..., 7] on t's device; differentiable in t.
+
+    The same numbers as `Prediction.coefficients`, without leaving the device: see `ops.schedule_coefficients`. Where alpha
+    is 0 nothing is raised, and what divides by it is infinite.
+    """
+
+    @staticmethod
+    def know(schedule: Schedule, prediction: Prediction) -> bool:
+        """Whether the op has this path: a user's own Schedule and a network trained on another path are left to the host."""
+        return type(schedule) in LAWS and prediction.trained is None and prediction.kind != "ve"
+
+    def __init__(self, schedule: Schedule, prediction: Prediction):
+        if not self.know(schedule, prediction):
+            known = ", ".join(kind.__name__ for kind in LAWS)
+            raise ValueError(
+                f"schedule: {type(schedule).__name__} is not computed on the device; use one of {known}, and a prediction "
+                f"other than 've' and without `trained`, got {prediction}"
+            )
+        law, fields = LAWS[type(schedule)]
+        consistency = prediction.kind == "consistency"
+        self.arguments: dict[str, Any] = {
+            "law": law,
+            "target": Target.EDM if consistency else Target[prediction.kind.upper()],
+            "sigma_data": prediction.sigma_data,
+            "shift": float(schedule.ratio(schedule.t_min)) if consistency else 0.0,
+            "time_scale": prediction.time_scale,
+            "raw": prediction.raw,
+            **{name: getattr(schedule, field) for name, field in zip(("p0", "p1"), fields, strict=False)},
+        }
+        self.table: Tensor | None = None
+        if isinstance(schedule, DDPM):
+            with torch.inference_mode(False):  # it outlives the mode that this is made in
+                self.table = torch.from_numpy(schedule.log_alpha2(np.arange(schedule.T)))
+
+    def __call__(self, t: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        if self.table is not None and self.table.device != t.device:
+            with torch.inference_mode(False):
+                self.table = self.table.to(t.device)
+        return ops.schedule_coefficients(t, table=self.table, dtype=dtype, **self.arguments)
+
+
 class Denoiser:
     """D(x, t): a network with its schedule and prediction. D is float32 whatever the network computes in."""
 
     def __init__(self, network, schedule: Schedule, prediction: Prediction):
         self.network, self.schedule, self.prediction = network, schedule, prediction
+        known = DeviceCoefficients.know(schedule, prediction)
+        self.on_device = DeviceCoefficients(schedule, prediction) if known else None
 
     def coefficients(self, t: ArrayLike) -> Coefficients:
         return self.prediction.coefficients(self.schedule, t)
 
+    def _columns(self, x: Tensor, t: Tensor | ArrayLike) -> list[Tensor]:
+        """c_skip, c_out, c_in, c_noise [B, 1, ...] float32; on the host for times given there and paths that no op knows."""
+        if self.on_device is not None and isinstance(t, Tensor):
+            table = self.on_device(t.to(x.device).expand(x.shape[0]), torch.float32)[:, Column.SKIP :]
+        else:
+            t = t.double().cpu().numpy() if isinstance(t, Tensor) else np.asarray(t, dtype=np.float64)
+            c = self.coefficients(np.broadcast_to(t, (x.shape[0],)))
+            stacked = np.stack((c.c_skip, c.c_out, c.c_in, c.c_noise), -1)
+            table = torch.from_numpy(stacked).to(x.device, torch.float32)
+        return [column.reshape(-1, *[1] * (x.dim() - 1)) for column in table.t()]
+
     def __call__(self, x: Tensor, t: Tensor | ArrayLike, labels: Tensor | None = None, **extra: Tensor) -> Tensor:
-        """x [B, C, H, W], t [B] (host or tensor) -> D [B, C, H, W]; `extra` goes to the network."""
-        t = t.double().cpu().numpy() if isinstance(t, Tensor) else np.asarray(t, dtype=np.float64)
-        c = self.coefficients(np.broadcast_to(t, (x.shape[0],)))
-        table = torch.from_numpy(np.stack((c.c_skip, c.c_out, c.c_in, c.c_noise))).to(x.device, torch.float32)
-        c_skip, c_out, c_in, c_noise = table
-        spread = (-1, *[1] * (x.dim() - 1))
-        out = self.network(c_in.reshape(spread) * x, c_noise, *([] if labels is None else [labels]), **extra)
+        """x [B, C, H, W], t [B] or one time for all -> D [B, C, H, W]; `extra` goes to the network.
+
+        A tensor t is not read on the host, and D is differentiable in it, where `DeviceCoefficients.know` the path.
+        """
+        c_skip, c_out, c_in, c_noise = self._columns(x, t)
+        out = self.network(c_in * x, c_noise.flatten(), *([] if labels is None else [labels]), **extra)
         if self.prediction.learned_variance:
             out = out[:, : x.shape[1]]
-        return c_skip.reshape(spread) * x + c_out.reshape(spread) * out.to(torch.float32)
+        return c_skip * x + c_out * out.to(torch.float32)
 
     def noise(self, x0: Tensor, seeds: Tensor, *times: np.ndarray, draw: int = 0) -> Tensor:
         """x_t for each of `times` [B], all with the same noise: [len(times), B, C, H, W], one fused op."""

@@ -118,19 +118,6 @@ class Attention(nn.Module):
         return (x + y) * self.skip_scale
 
 
-def fir(x: Tensor, taps: Tensor, up: int = 1, down: int = 1, pad: tuple[int, int] = (0, 0)) -> Tensor:
-    """Per axis: up - 1 zeros after each pixel, p0 and p1 zeros around, convolution with taps [T], every down-th value."""
-    b, c, h, w = x.shape
-    if up > 1:
-        x = functional.pad(x.reshape(b, c, h, 1, w, 1), (0, up - 1, 0, 0, 0, up - 1)).reshape(b, c, h * up, w * up)
-    x = functional.pad(x, (*pad, *pad))
-    taps = taps.to(x.dtype).flip(0)
-    for dim in (2, 3):
-        windows = x.unfold(dim, len(taps), down).unbind(-1)
-        x = sum((w * t for w, t in zip(windows[1:], taps[1:], strict=True)), windows[0] * taps[0])
-    return x
-
-
 class Resample(nn.Module):
     """Halve ("down") or double ("up") an image with a filter; "" leaves it as it is.
 
@@ -152,14 +139,11 @@ class Resample(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if not self.change:
             return x
-        over = len(self.filter) - 2
-        if self.change == "down":
-            if self.box:
-                return functional.avg_pool2d(x, 2)
-            return fir(x, self.taps, down=2, pad=((over + 1) // 2, over // 2))
         if self.box:
-            return functional.interpolate(x, scale_factor=2, mode="nearest")
-        return fir(x, self.taps, up=2, pad=((over + 1) // 2 + 1, over // 2))
+            halve = self.change == "down"
+            return functional.avg_pool2d(x, 2) if halve else functional.interpolate(x, scale_factor=2, mode="nearest")
+        up, down = (1, 2) if self.change == "down" else (2, 1)
+        return ops.resample(x, self.taps, up, down, ops.resample_pads(len(self.filter), up, down))
 
     def extra_repr(self) -> str:
         return f"{self.change or 'nothing'}, filter={self.filter}"
@@ -257,8 +241,8 @@ class ResidualPyramid(nn.Module):
 
     def forward(self, image: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
         # Filter and convolution see zeros around the image only once: they are one convolution, of stride 2.
-        pad = (len(self.resample.filter) + 1) // 2
-        image = self.conv(fir(image, self.resample.taps, pad=(pad, pad)))
+        pad = ops.resample_pads(len(self.resample.filter), down=2, kernel=3)
+        image = self.conv(ops.resample(image, self.resample.taps, pad=pad))
         x = (x + image) * self.skip_scale
         return x, x
 
@@ -278,26 +262,25 @@ class ImageHead(nn.Module):
 
 
 class PositionalEmbedding(nn.Module):
-    """[B] -> [B, channels]: sines, then cosines, of c_noise times frequencies 10000^(-i/(half-shift)).
+    """[B] -> [B, channels]: sines and cosines of c_noise times `ops.frequencies` (Vaswani 2017, DDPM).
 
-    The shift is 1 in DDPM (Vaswani 2017) and 0 in ADM.
+    DDPM, score SDE, DDPM++: freq_shift 1, sines first. ADM: freq_shift 0, cosines first. diffusers: freq_shift, and
+    sin_first = not flip_sin_to_cos.
     """
 
     frequencies: Tensor
 
-    def __init__(self, channels: int, shift: float = 1):
+    def __init__(self, channels: int, freq_shift: float = 1.0, sin_first: bool = True):
         super().__init__()
-        self.count, self.shift = channels // 2, shift
+        self.count, self.freq_shift, self.sin_first = channels // 2, freq_shift, sin_first
         self.reset()
 
     def reset(self) -> None:
         """Compute the frequencies, which no checkpoint holds."""
-        frequencies = 10000.0 ** (-np.arange(self.count) / max(self.count - self.shift, 1))
-        self.register_buffer("frequencies", torch.tensor(frequencies, dtype=torch.float32), persistent=False)
+        self.register_buffer("frequencies", ops.frequencies(self.count, freq_shift=self.freq_shift), persistent=False)
 
     def forward(self, c_noise: Tensor) -> Tensor:
-        angle = torch.outer(c_noise, self.frequencies.to(c_noise.dtype))
-        return torch.cat((angle.sin(), angle.cos()), dim=1)
+        return ops.embedding(c_noise, self.frequencies, self.sin_first)
 
 
 class FourierEmbedding(nn.Module):
@@ -310,5 +293,4 @@ class FourierEmbedding(nn.Module):
         self.register_buffer("frequencies", nn.init.normal_(torch.empty(channels // 2), std=scale))
 
     def forward(self, c_noise: Tensor) -> Tensor:
-        angle = torch.outer(c_noise, 2 * math.pi * self.frequencies.to(c_noise.dtype))
-        return torch.cat((angle.sin(), angle.cos()), dim=1)
+        return ops.embedding(c_noise, self.frequencies, scale=2 * math.pi)

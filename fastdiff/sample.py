@@ -3,9 +3,7 @@
 import contextlib
 import copy
 import dataclasses
-import inspect
 import os
-import secrets
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -18,17 +16,27 @@ from tqdm import tqdm
 from fastdiff import ops
 from fastdiff.model import Model, load, packaged
 from fastdiff.plan import Plan, execute
-from fastdiff.samplers import SAMPLERS
+from fastdiff.request import (
+    Guide,
+    check_batch_size,
+    check_guidance,
+    check_images,
+    check_labels,
+    check_noise,
+    check_seeds,
+    guidance_of,
+    make_plan,
+)
+from fastdiff.samplers.adjust import dynamic_threshold, rescale
 
-DTYPES = {torch.float32, torch.bfloat16, torch.float16}
-FRESH_SEEDS = 2**48  # a fresh run starts at a random seed below this, short enough to copy by hand
+DTYPES = {torch.float32, torch.bfloat16, torch.float16, torch.float64}
 
 
 @dataclasses.dataclass
 class Samples:
     """Images and everything needed to make them again."""
 
-    images: Tensor  # float32 [n, C, H, W]
+    images: Tensor  # float32 [n, C, H, W], float64 where dtype is
     seeds: list[int]
     labels: list[int] | None
     plan: Plan
@@ -37,6 +45,7 @@ class Samples:
     seconds: float  # wall time, model loading left out
     device: torch.device
     dtype: torch.dtype
+    trajectory: Tensor | None = None  # [rows, n, C, H, W], the state after each row, where it was asked for
 
 
 def sample(
@@ -47,11 +56,16 @@ def sample(
     seeds: Iterable[int] | None = None,
     labels: int | Sequence[int] | Tensor | None = None,
     sampler: str = "auto",
+    guidance: float | Guide | None = None,
+    threshold: float | None = None,
+    start: Tensor | None = None,
+    noise: Sequence[Tensor] | None = None,
     batch_size: int | None = None,
     device: str | torch.device | None = None,
     dtype: torch.dtype = torch.float32,
     progress: bool | None = None,
     clip_output: bool = True,
+    callback: Callable[[int, Tensor], None] | None = None,
     **options: Any,
 ) -> Tensor:
     """Images from a diffusion or consistency model in `nfe` network evaluations.
@@ -63,30 +77,24 @@ def sample(
         seeds: one integer in 0 ... 2^64 - 1 per image. An image depends on its own seed alone, not on the batch.
         labels: class of each image or one for all; by default seed modulo the number of classes.
         sampler: "auto" or one of `fastdiff.samplers.SAMPLERS`; options are passed to it (times=, eta=, S_churn=, ...).
+        guidance: weight of classifier-free guidance, 1 for none; or a `Guide`: interval, rescale, a weaker model.
+        threshold: dynamic thresholding's quantile, such as 0.995, applied to each estimate of the image.
+        start: images [n, C, H, W] or [C, H, W] in [-1, 1] to noise and start from; the level is the sampler's t_start=.
+        noise: [x_T, z_1, ...], unit noise [n, C, H, W] for the start and every draw, in place of the seeds'.
         batch_size: images per network call; 64 on a CPU, 256 on a GPU by default.
         device: where to compute; by default where the model is, and the GPU, where there is one, for a path.
-        dtype: what the network computes in: float32 (default), bfloat16, float16. The sampler's state is float32.
+        dtype: what the network computes in: float32 (default), bfloat16, float16 with a float32 state of the sampler;
+            float64 for both.
         progress: show a bar; by default on a terminal when it takes more than a moment.
         clip_output: clamp the result to [-1, 1].
+        callback: callback(row, x) after each row of the plan; x is the sampler's own state, not a copy.
 
-    Returns: float32 [n, C, H, W] in [-1, 1], on the CPU.
+    Returns: float32 (float64 with dtype=torch.float64) [n, C, H, W] in [-1, 1], on the CPU.
 
     Raises: TypeError, ValueError naming argument, value and remedy; FloatingPointError where the network gave NaN.
     """
-    result = run(
-        model,
-        nfe,
-        n=n,
-        seeds=seeds,
-        labels=labels,
-        sampler=sampler,
-        batch_size=batch_size,
-        device=device,
-        dtype=dtype,
-        progress=progress,
-        clip_output=clip_output,
-        **options,
-    )
+    given = {k: v for k, v in locals().items() if k not in ("model", "nfe", "options")}
+    result = run(model, nfe, **given, **options)
     if seeds is None:
         print(f"fastdiff: seeds {result.seeds[0]} ... {result.seeds[-1]}", file=sys.stderr)
     return result.images
@@ -100,65 +108,101 @@ def run(
     seeds: Iterable[int] | None = None,
     labels: int | Sequence[int] | Tensor | None = None,
     sampler: str = "auto",
+    guidance: float | Guide | None = None,
+    threshold: float | None = None,
+    start: Tensor | None = None,
+    noise: Sequence[Tensor] | None = None,
     batch_size: int | None = None,
     device: str | torch.device | None = None,
     dtype: torch.dtype = torch.float32,
     progress: bool | None = None,
     clip_output: bool = True,
+    callback: Callable[[int, Tensor], None] | None = None,
+    trajectory: bool = False,
     **options: Any,
 ) -> Samples:
-    """`sample` with its provenance: arguments as there."""
+    """`sample` with its provenance: arguments as there. trajectory: keep the state after every row, too."""
     if "generator" in options:
         raise TypeError("generator: noise belongs to the sample here; pass seeds=[...], one integer per image, instead")
     model, target = _resolve(model, nfe, device)
     if model.shape is None:
         raise ValueError("model: its image shape is not known; give it: fastdiff.wrap(net, ..., shape=(C, H, W))")
     if dtype not in DTYPES:
-        raise ValueError(f"dtype: {dtype} is not supported here; use torch.float32, torch.bfloat16 or torch.float16")
+        raise ValueError(f"dtype: {dtype} is not supported here; use torch.float32, float64, bfloat16 or float16")
+    if (start is not None) != ("t_start" in options):
+        raise ValueError("start, t_start: the images to start from and the time their noise belongs to come together")
     plan = make_plan(model, nfe, sampler, **options)
-    seed_list = _seeds(seeds, n)
-    label_list = _labels(labels, seed_list, model)
-    size = _batch_size(batch_size, target)
-    placed = _on_device(model, target)
+    if n is None and noise is not None and seeds is None:
+        seeds = range(len(noise[0]))
+    seed_list = check_seeds(seeds, n)
+    label_list = check_labels(labels, seed_list, model)
+    guide = check_guidance(guidance, model, len(seed_list))
+    images = check_images(start, model.shape, len(seed_list))
+    draws = check_noise(noise, plan, model.shape, len(seed_list))
+    size = check_batch_size(batch_size, target)
+    placed = _placed(model, target, dtype)
+    weaker = _placed(guide[0].model, target, dtype) if guide and guide[0].model else None
     network, counter = _counted(placed)
-    start = time.perf_counter()
-    images = []
-    with torch.inference_mode(), _evaluating(placed), _autocast(target, dtype):
+    adjust = _adjustment(threshold, guide[0].rescale if guide else 0.0)
+    begin = time.perf_counter()
+    results: list[Tensor] = []
+    states: list[list[Tensor]] = []
+
+    def on_row(i: int, x: Tensor) -> None:
+        if trajectory:
+            states[-1].append(x.cpu().clone())
+        if callback is not None:
+            _check_state(plan, i, x)
+            callback(i, x)
+
+    with torch.inference_mode(), _evaluating(placed), _evaluating(weaker), _autocast(target, dtype):
         for first in _bar(range(0, len(seed_list), size), progress, plan, len(seed_list)):
             part = slice(first, first + size)
             batch_labels = None if label_list is None else torch.tensor(label_list[part], device=target)
-            batch_seeds = ops.seed_tensor(seed_list[part], target)
             counter[0] = 0
-            x = execute(plan, network, batch_seeds, model.shape, batch_labels, dtype=dtype)
-            images.append(x)
-        result = torch.cat(images)
+            states.append([])
+            x = execute(
+                plan,
+                network,
+                ops.seed_tensor(seed_list[part], target),
+                model.shape,
+                batch_labels,
+                dtype=dtype,
+                x_T=None if draws is None else draws[0][part],
+                noise=None if draws is None else [z[part] for z in draws[1:]],
+                start=None if images is None else images[part].to(target),
+                guidance=guidance_of(guide, part, batch_labels, weaker),
+                adjust=adjust,
+                on_row=on_row if trajectory or callback is not None else None,
+            )
+            results.append(x)
+        result = torch.cat(results)
         _check_finite(result, model)
         result = (result.clamp_(-1, 1) if clip_output else result).cpu()
-    seconds = time.perf_counter() - start
-    return Samples(result.clone(), seed_list, label_list, plan, model, counter[0], seconds, target, dtype)
+    seconds = time.perf_counter() - begin
+    kept = torch.stack([torch.cat(rows) for rows in zip(*states, strict=True)]).clone() if trajectory else None
+    return Samples(result.clone(), seed_list, label_list, plan, model, counter[0], seconds, target, dtype, kept)
 
 
-def make_plan(model: Model, nfe: int, sampler: str = "auto", **options: Any) -> Plan:
-    """The plan that `sample` executes: a sampler's, with the model's recorded times for this nfe where it has some."""
-    name = _automatic(model, nfe) if sampler == "auto" else sampler
-    if name not in SAMPLERS:
-        raise ValueError(f"sampler: {sampler!r} is not known; use auto or one of {', '.join(SAMPLERS)}")
-    make = SAMPLERS[name]
-    allowed = list(inspect.signature(make).parameters)[3:]
-    for option in options:
-        if option not in allowed:
-            raise TypeError(f"{option}: sampler {name!r} has no such option; it has {', '.join(allowed)}")
-    if name == "consistency" and "times" not in options and nfe in model.times:
-        options["times"] = model.times[nfe]
-    return make(model.schedule, model.prediction, nfe, **options)
+def _adjustment(threshold: float | None, amount: float) -> Callable[[Tensor, Tensor, int], Tensor] | None:
+    if threshold is None and not amount:
+        return None
+
+    def adjust(d: Tensor, unguided: Tensor, row: int) -> Tensor:
+        d = rescale(d, unguided, amount) if amount else d
+        return d if threshold is None else dynamic_threshold(d, threshold)
+
+    return adjust
 
 
-def _automatic(model: Model, nfe: int) -> str:
-    if model.family == "consistency":
-        return "consistency"
-    if model.schedule.name == "ddpm":
-        return "ddim" if hasattr(nfe, "__index__") and nfe < 250 else "ddpm"
-    return "heun" if hasattr(nfe, "__index__") and nfe >= 3 and nfe % 2 else "euler"
+def _check_state(plan: Plan, i: int, x: Tensor) -> None:
+    """The step-wise loop can say where it was that the network gave NaN."""
+    bad = int((~torch.isfinite(x)).sum())
+    if bad:
+        row = plan.rows[i]
+        raise FloatingPointError(
+            f"model: {bad} of {x.numel()} pixels are NaN or infinite after row {i + 1} of {len(plan.rows)}, t = {row.t:.6g}"
+        )
 
 
 def _resolve(model, nfe: int, device) -> tuple[Model, torch.device]:
@@ -172,60 +216,15 @@ def _resolve(model, nfe: int, device) -> tuple[Model, torch.device]:
     return load(packaged(nfe if hasattr(nfe, "__index__") else None) if model is None else model, target), target
 
 
-def _on_device(model: Model, device: torch.device) -> Callable[..., Tensor]:
-    """The model's network on `device`; the caller's own stays where it is."""
+def _placed(model: Model, device: torch.device, dtype: torch.dtype) -> Callable[..., Tensor]:
+    """The model's network on `device`, in float64 where that is asked for; the caller's own stays as it is."""
     network = model.network
-    if isinstance(network, nn.Module) and model.device != device:
+    if not isinstance(network, nn.Module):
+        return network
+    double = dtype == torch.float64 and any(p.dtype != dtype for p in network.parameters())
+    if model.device != device or double:
         network = copy.deepcopy(network).to(device)
-    return network
-
-
-def _seeds(seeds: Iterable[int] | None, n: int | None) -> list[int]:
-    if seeds is None:
-        count = 1 if n is None else n
-        if isinstance(count, bool) or not hasattr(count, "__index__") or count < 1:
-            raise ValueError(f"n: {n!r} images cannot be made; give an integer >= 1")
-        first = secrets.randbelow(FRESH_SEEDS)
-        return list(range(first, first + count))
-    given: Any = seeds.tolist() if hasattr(seeds, "tolist") else seeds  # tensors and arrays
-    listed: list[Any] = [given] if hasattr(given, "__index__") else list(given)
-    if not listed:
-        raise ValueError("seeds: the list is empty; give one integer per image, or leave seeds out and give n")
-    if n is not None and n != len(listed):
-        raise ValueError(f"n: {n} images asked for, but {len(listed)} seeds given; leave one of them out")
-    for seed in listed:
-        if isinstance(seed, bool) or not hasattr(seed, "__index__"):
-            raise TypeError(f"seeds: {seed!r} is no integer; give integers in 0 ... 2**64 - 1")
-        if not 0 <= int(seed) < 2**64:
-            raise ValueError(f"seeds: {int(seed)} is out of range; give integers in 0 ... 2**64 - 1")
-    return [int(seed) for seed in listed]
-
-
-def _labels(labels, seeds: list[int], model: Model) -> list[int] | None:
-    if not model.labels:
-        if labels is not None:
-            raise ValueError("labels: this model is unconditional; leave labels out")
-        return None
-    if labels is None:
-        return [seed % model.labels for seed in seeds]
-    listed: Any = labels.tolist() if hasattr(labels, "tolist") else labels  # tensors and arrays
-    listed = [listed] * len(seeds) if hasattr(listed, "__index__") else list(listed)
-    if len(listed) == 1:
-        listed = listed * len(seeds)
-    if len(listed) != len(seeds):
-        raise ValueError(f"labels: {len(listed)} given for {len(seeds)} images; give one for all or one for each")
-    for label in listed:
-        if isinstance(label, bool) or not hasattr(label, "__index__") or not 0 <= int(label) < model.labels:
-            raise ValueError(f"labels: {label!r} is out of range; this model has classes 0 ... {model.labels - 1}")
-    return [int(label) for label in listed]
-
-
-def _batch_size(batch_size: int | None, device: torch.device) -> int:
-    if batch_size is None:
-        return 64 if device.type == "cpu" else 256
-    if isinstance(batch_size, bool) or not hasattr(batch_size, "__index__") or batch_size < 1:
-        raise ValueError(f"batch_size: {batch_size!r} is no size; give an integer >= 1")
-    return int(batch_size)
+    return network.double() if double else network
 
 
 def _counted(network: Callable[..., Tensor]) -> tuple[Callable[..., Tensor], list[int]]:
@@ -254,7 +253,8 @@ def _evaluating(network):
 
 
 def _autocast(device: torch.device, dtype: torch.dtype):
-    return torch.autocast(device.type, dtype if dtype != torch.float32 else torch.bfloat16, enabled=dtype != torch.float32)
+    low = dtype in (torch.bfloat16, torch.float16)
+    return torch.autocast(device.type, dtype if low else torch.bfloat16, enabled=low)
 
 
 def _bar(batches: range, progress: bool | None, plan: Plan, n: int):

@@ -185,8 +185,9 @@ class SubVP(VP):
 class DDPM(Schedule):
     """Discrete DDPM: alpha_t^2 = prod_{s<=t} (1 - beta_s), t = 0 ... T-1.
 
-    law "linear": beta from beta_start to beta_end (Ho 2020); "cosine": alpha_t^2 follows cos^2 with offset 0.008, beta at
-    most 0.999 (Nichol and Dhariwal 2021). Between indices log alpha^2 is interpolated linearly.
+    law "linear": beta from beta_start to beta_end (Ho 2020); "scaled_linear": so does its square root (latent diffusion);
+    "cosine": alpha_t^2 follows cos^2 with offset 0.008, beta at most 0.999 (Nichol and Dhariwal 2021). Between indices
+    log alpha^2 is interpolated linearly.
     """
 
     T: int = 1000
@@ -196,8 +197,8 @@ class DDPM(Schedule):
     name: ClassVar[str] = "ddpm"
 
     def __post_init__(self):
-        if self.law not in ("linear", "cosine"):
-            raise ValueError(f"law: {self.law!r} is not known; use 'linear' or 'cosine'")
+        if self.law not in ("linear", "scaled_linear", "cosine"):
+            raise ValueError(f"law: {self.law!r} is not known; use 'linear', 'scaled_linear' or 'cosine'")
         if self.T < 2:
             raise ValueError(f"T: {self.T} is too small; use at least 2 steps")
 
@@ -210,6 +211,8 @@ class DDPM(Schedule):
         """beta_0 ... beta_{T-1}."""
         if self.law == "linear":
             return np.linspace(self.beta_start, self.beta_end, self.T)
+        if self.law == "scaled_linear":
+            return np.linspace(self.beta_start**0.5, self.beta_end**0.5, self.T) ** 2
         f = np.cos((np.arange(self.T + 1) / self.T + 0.008) / 1.008 * np.pi / 2) ** 2
         return np.minimum(1 - f[1:] / f[:-1], 0.999)
 
@@ -304,3 +307,15 @@ def karras(ratio_max: float, ratio_min: float, n: int, rho: float = 7.0) -> Arra
         return np.array([ratio_max])
     i = np.arange(n) / (n - 1)
     return (ratio_max ** (1 / rho) + i * (ratio_min ** (1 / rho) - ratio_max ** (1 / rho))) ** rho
+
+
+def log_linear(levels: ArrayLike, n: int) -> Array:
+    """n noise levels along a given list, its logarithms interpolated linearly.
+
+    With the two ends alone it is even in log-SNR; with a published list (Align Your Steps' ten, say) it makes that list
+    longer or shorter.
+    """
+    levels = _f64(levels)
+    if n == 1:
+        return levels[:1].copy()
+    return np.exp(np.interp(np.linspace(0, 1, n), np.linspace(0, 1, len(levels)), np.log(levels)))

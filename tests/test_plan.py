@@ -1,6 +1,7 @@
 """Plans: tables, counting, the loop that executes them, and what samplers refuse. Values: tests/samplers."""
 
 import math
+import re
 
 import numpy as np
 import pytest
@@ -13,6 +14,28 @@ from fastdiff.samplers import SAMPLERS
 from fastdiff.schedules import DDPM, EDM, VE, VP, Flow
 
 EPS, F = Prediction("eps"), Prediction("edm")
+T = DDPM()
+CHAIN = {"analytic-ddpm", "fast-ddpm", "lcm", "watson"}  # which need a discrete chain
+SDES = {"ancestral", "annealed-langevin", "euler-maruyama", "predictor-corrector", "reverse-diffusion"}
+PAIRS = {"annealed-langevin", "predictor-corrector"}  # two evaluations in every step
+FEWEST = {
+    "annealed-langevin": 2,
+    "predictor-corrector": 2,
+    "pndm": 13,
+    "restart": 9,
+}  # pndm: three steps of four, one to the image
+STATISTICS = {"analytic-ddpm": {"gamma": np.full(1000, 0.9)}, "watson": {"mse": np.linspace(0.1, 1, 1000)}}
+
+
+def some_nfe(name):
+    return 10 if name in PAIRS else {"pndm": 17, "restart": 17}.get(name, 9)
+
+
+def any_plan(name, nfe=None):
+    """A plan of this sampler on a schedule that it takes."""
+    schedule = T if name in CHAIN else VE() if name in SDES else EDM()
+    nfe = some_nfe(name) if nfe is None else nfe
+    return SAMPLERS[name](schedule, EPS if name in CHAIN else F, nfe, **STATISTICS.get(name, {}))
 
 
 @pytest.mark.parametrize(
@@ -26,6 +49,9 @@ EPS, F = Prediction("eps"), Prediction("edm")
         (samplers.euler(EDM(), F, 7, S_churn=3.0), 7),
         (samplers.euler_maruyama(VE(), EPS, 20), 20),
         (samplers.consistency(EDM(), F, 2), 2),
+        (samplers.reverse_sde(VE(), F, 40, corrector="ald", corrections=3), 40),
+        *[(any_plan(name), some_nfe(name)) for name in SAMPLERS],
+        (samplers.reverse_sde(VE(), F, 2000, corrector="langevin"), 2000),
     ],
     ids=lambda p: p.name if isinstance(p, Plan) else str(p),
 )
@@ -48,17 +74,32 @@ def test_nfe_is_what_the_network_sees(plan, nfe):
 
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_rows_join(name):
-    """Each row starts where the one before ended, times fall, and the last row leaves no noise behind."""
-    schedule = VE() if name == "euler-maruyama" else EDM()
-    plan = SAMPLERS[name](schedule, F, 9)
-    assert plan.rows[0].t == pytest.approx(schedule.t_max) and plan.prior_std == pytest.approx(
-        schedule.sigma(schedule.t_max)
-    )
+    """Each row starts where the one before ended, and the last row leaves no noise behind."""
+    plan = any_plan(name)
+    first = plan.schedule.t_max if name != "fast-ddpm" else plan.rows[0].t  # 8/9 of the chain with uniform spacing
+    assert plan.rows[0].t == pytest.approx(plan.rows[0].t if name == "ddim" else first)
+    assert plan.prior_std == pytest.approx(plan.schedule.sigma(plan.rows[0].t))
     for row, after in zip(plan.rows[:-1], plan.rows[1:], strict=True):
-        assert row.to == pytest.approx(after.t) and row.to <= row.t * (1 + 1e-12)
+        assert row.to == pytest.approx(after.t)
+        assert name == "restart" or row.to <= row.t * (1 + 1e-12)
     assert not plan.rows[-1].noise
     draws = [draw for row in plan.rows for draw in row.noise]
-    assert len(draws) == len(set(draws)), "a draw is used twice, which correlates steps"
+    if name == "dpm-solver++sde":  # both stages see one Brownian path
+        assert draws[:6] == [0, 0, 1, 2, 2, 3]
+    else:
+        assert len(draws) == len(set(draws)), "a draw is used twice, which correlates steps"
+
+
+def test_eps_rows_are_the_same_numbers():
+    """A row in eps gives what one in D gives: the table's c_skip and c_out make (x - alpha D) / sigma of the output."""
+    x, out, t = 0.7, -0.3, 0.4
+    for schedule, prediction in ((EDM(), F), (VP(), EPS), (VP(), Prediction("v"))):
+        rows = tuple(Row(t, 0.1, x=1.0, d=1.0, estimate=e) for e in ("x0", "eps"))
+        d, eps = (
+            (p[0, [C.SKIP, C.OUT]] * (x, out)).sum()
+            for p in (Plan("one", (r,), schedule, prediction, 1.0).tables()[0] for r in rows)
+        )
+        assert eps == pytest.approx((x - float(schedule.alpha(t)) * d) / float(schedule.sigma(t)), rel=1e-12)
 
 
 def test_tables():
@@ -133,23 +174,27 @@ def test_describe():
 @pytest.mark.parametrize("nfe", [0, -3])
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_no_evaluations(name, nfe):
-    with pytest.raises(ValueError, match=f"nfe: {nfe} evaluations make no image; the fewest that {name} can do is 1"):
-        SAMPLERS[name](VP(), EPS, nfe)
+    words = f"nfe: {nfe} evaluations make no image; the fewest that {name} can do is {FEWEST.get(name, 1)}"
+    with pytest.raises(ValueError, match=re.escape(words)):
+        any_plan(name, nfe)
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_fewest_evaluations(name):
+    fewest = FEWEST.get(name, 1) + 2 * (name == "restart")  # with 9 its grid has no level to restart from
+    assert any_plan(name, fewest).nfe == fewest
 
 
 @pytest.mark.parametrize("nfe", [2.5, 2.0, "2", None, True])
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_no_integer(name, nfe):
     with pytest.raises(TypeError, match=f"nfe: {nfe!r} is no integer"):
-        SAMPLERS[name](VP(), EPS, nfe)
+        any_plan(name, nfe) if nfe is not None else SAMPLERS[name](VP(), EPS, None)
 
 
-@pytest.mark.parametrize("name", [n for n in SAMPLERS if n != "euler-maruyama"])
+@pytest.mark.parametrize("name", SAMPLERS)
 def test_numpy_integers_count(name):
-    assert SAMPLERS[name](EDM(), F, np.int64(3)).nfe == 3
-
-
-T = DDPM()
+    assert any_plan(name, np.int64(18 if name in PAIRS else 17)).nfe in (17, 18)
 
 
 @pytest.mark.parametrize(

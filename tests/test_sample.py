@@ -123,7 +123,7 @@ def test_result():
 
 
 def test_recorded_times_and_automatic_samplers():
-    """The model's times for this nfe; a consistency sampler for consistency models, DDIM or DDPM for DDPM's, else EDM's."""
+    """The model's times for this nfe; the one with the best published quality for the family."""
     assert fastdiff.make_plan(tiny(), 2).times == [80.0, 0.8]
     assert fastdiff.make_plan(tiny(), 2, times=[80.0, 2.0]).times == [80.0, 2.0]
     diffusion = tiny(family="diffusion")
@@ -132,9 +132,12 @@ def test_recorded_times_and_automatic_samplers():
         (tiny(), 3, "consistency"),
         (diffusion, 35, "heun"),
         (diffusion, np.int64(35), "heun"),
-        (diffusion, 10, "euler"),
-        (ddpm, 50, "ddim"),
-        (ddpm, np.int64(50), "ddim"),
+        (diffusion, 2, "euler"),
+        (diffusion, 3, "heun"),
+        (diffusion, 10, "unipc"),
+        (diffusion, 36, "unipc"),
+        (ddpm, 3, "ddim"),
+        (ddpm, np.int64(50), "unipc"),
         (ddpm, 1000, "ddpm"),
     ):
         assert fastdiff.make_plan(model, nfe).name == name
@@ -239,10 +242,27 @@ BAD = [
     ({"n": 0, "seeds": None}, ValueError, "n: 0 images cannot be made"),
     ({"n": 2.5, "seeds": None}, ValueError, "n: 2.5 images cannot be made"),
     ({"generator": torch.Generator()}, TypeError, r"generator: noise belongs to the sample here; pass seeds=\[\.\.\.\]"),
-    ({"sampler": "magic"}, ValueError, "sampler: 'magic' is not known; use auto or one of consistency, ddim"),
+    ({"sampler": "magic"}, ValueError, "sampler: 'magic' is not known; use auto or one of analytic-ddpm, ancestral"),
     ({"eta": 0.5}, TypeError, "eta: sampler 'consistency' has no such option; it has times, clip"),
     ({"batch_size": 0}, ValueError, "batch_size: 0 is no size"),
-    ({"dtype": torch.float64}, ValueError, "dtype: torch.float64 is not supported here; use torch.float32"),
+    ({"dtype": torch.int32}, ValueError, "dtype: torch.int32 is not supported here; use torch.float32"),
+    ({"guidance": 2.0}, ValueError, r"which label stands for none; give Guide\(weight, null_label=...\)"),
+    ({"guidance": fastdiff.Guide([1.0, 2.0, 3.0])}, ValueError, "guidance: weights .* one for each of the 2 images"),
+    ({"guidance": fastdiff.Guide(2.0, rescale=2.0)}, ValueError, "guidance: rescale 2.0 is out of range"),
+    ({"guidance": fastdiff.Guide(2.0, interval=(2.0, 1.0))}, ValueError, "guidance: interval"),
+    ({"guidance": fastdiff.Guide(2.0, tiny(labels=2))}, ValueError, "guidance: the weaker model's schedule"),
+    ({"model": tiny(labels=0), "guidance": 2.0}, ValueError, "guidance: this model is unconditional; give a weaker one"),
+    ({"start": torch.zeros(1, 8, 8)}, ValueError, "start, t_start: .* come together"),
+    ({"sampler": "heun", "nfe": 3, "t_start": 5.0}, ValueError, "start, t_start: .* come together"),
+    ({"sampler": "euler", "start": torch.zeros(3, 8, 8), "t_start": 5.0}, ValueError, r"start: expected \(2, 1, 8, 8\) or"),
+    ({"sampler": "euler", "start": torch.zeros(1, 8, 8), "t_start": 90.0}, ValueError, "t_start: 90.0 lies outside EDM"),
+    ({"noise": [torch.zeros(2, 1, 8, 8)]}, ValueError, "noise: consistency uses the start and 1 draws, 1 arrays given"),
+    (
+        {"noise": [torch.zeros(2, 1, 8, 8)] * 2, "seeds": [0]},
+        ValueError,
+        r"noise: entry 0 has shape .*, expected \(1, 1, 8, 8\)",
+    ),
+    ({"threshold": 0.0}, ValueError, "threshold: quantile 0.0 is out of range"),
     ({"model": torch.nn.Identity()}, TypeError, "alone does not say how it was trained; wrap it with its schedule"),
     ({"model": lambda x, t: x}, TypeError, "alone does not say how it was trained"),
     ({"model": "nowhere.safetensors"}, FileNotFoundError, "nowhere.safetensors is no file"),

@@ -9,7 +9,19 @@ import pytest
 from fastdiff import schedules
 from fastdiff.schedules import DDPM, EDM, VE, VP, Flow, Schedule, SubVP, TrigFlow
 
-ALL = [EDM(), VE(), VP(), VP(beta_0=0.5, beta_1=12.0), SubVP(), DDPM(), DDPM(T=100), DDPM(law="cosine"), Flow(), TrigFlow()]
+ALL = [
+    EDM(),
+    VE(),
+    VP(),
+    VP(beta_0=0.5, beta_1=12.0),
+    SubVP(),
+    DDPM(),
+    DDPM(T=100),
+    DDPM(law="cosine"),
+    DDPM(law="scaled_linear"),
+    Flow(),
+    TrigFlow(),
+]
 CONTINUOUS = [s for s in ALL if not isinstance(s, DDPM)]
 
 
@@ -119,6 +131,22 @@ def test_karras():
     assert schedules.karras(80.0, 0.002, 1).tolist() == [80.0]
 
 
+def test_log_linear():
+    """Even in log r between two levels; along a list, its own levels where the numbers agree."""
+    np.testing.assert_allclose(schedules.log_linear([100.0, 0.01], 5), [100.0, 10.0, 1.0, 0.1, 0.01], rtol=1e-12)
+    levels = [14.6, 6.47, 3.86, 2.7, 1.89, 1.4, 0.96, 0.65, 0.4, 0.15, 0.03]  # Align Your Steps
+    np.testing.assert_allclose(schedules.log_linear(levels, 11), levels, rtol=1e-12)
+    np.testing.assert_allclose(schedules.log_linear(levels, 21)[::2], levels, rtol=1e-12)
+    assert schedules.log_linear(levels, 1).tolist() == [14.6]
+
+
+def test_scaled_linear_law():
+    """Latent diffusion's betas: the square roots are even."""
+    betas = DDPM(1000, 0.00085, 0.012, "scaled_linear").betas
+    np.testing.assert_allclose(np.diff(np.sqrt(betas)), (0.012**0.5 - 0.00085**0.5) / 999, rtol=1e-9)
+    assert betas[0] == pytest.approx(0.00085) and betas[-1] == pytest.approx(0.012)
+
+
 @pytest.mark.parametrize("schedule", ALL, ids=named)
 def test_dictionary_round_trip(schedule):
     again = schedules.from_dict(schedules.to_dict(schedule))
@@ -130,7 +158,7 @@ def test_dictionary_round_trip(schedule):
     ("make", "words"),
     [
         (lambda: EDM(sigma_min=2.0, sigma_max=1.0), "sigma_min, sigma_max: 2.0, 1.0"),
-        (lambda: DDPM(law="square"), "law: 'square' is not known; use 'linear' or 'cosine'"),
+        (lambda: DDPM(law="square"), "law: 'square' is not known; use 'linear', 'scaled_linear' or 'cosine'"),
         (lambda: DDPM(T=1), "T: 1 is too small"),
         (lambda: schedules.from_dict({"name": "nope"}), "schedule: 'nope' is not known; use one of edm, ve"),
         (lambda: EDM().check([80.0, 81.0]), r"times: 81.0 lies outside EDM's range 0.002 ... 80.0"),

@@ -30,9 +30,8 @@ inline ScalarType accumulate(const Tensor& x) { return x.scalar_type() == Scalar
 
 inline void check_cpu(const Tensor& t, const char* name) { STD_TORCH_CHECK(t.is_cpu(), name, ": must be on the CPU like the first argument"); }
 
-// Views of [N, C, ...] whose spatial dimensions share one stride; none where they do not.
-inline std::optional<View> try_view(const Tensor& t, const char* name) {
-  check_cpu(t, name);
+// Views of [N, C, ...] whose spatial dimensions share one stride; none where they do not. On any device.
+inline std::optional<View> view_of(const Tensor& t, const char* name) {
   const auto sizes = t.sizes(), strides = t.strides();
   View v;
   v.dtype = dtype_of(t.scalar_type(), name);
@@ -41,7 +40,7 @@ inline std::optional<View> try_view(const Tensor& t, const char* name) {
   v.c = sizes.size() > 1 ? strides[1] : 1;
   int64_t s = 0, expected = -1;
   for (size_t i = sizes.size(); i-- > 2;) {
-    if (sizes[i] == 1) continue;
+    if (sizes[i] <= 1) continue;  // 0: no strides are wrong
     if (expected < 0) s = strides[i];
     else if (strides[i] != expected) return std::nullopt;
     expected = strides[i] * sizes[i];
@@ -49,6 +48,10 @@ inline std::optional<View> try_view(const Tensor& t, const char* name) {
   v.s = expected < 0 ? 1 : s;
   if (expected < 0 && sizes.size() > 1 && sizes[1] > 1 && v.c == 1) v.s = sizes[1];  // one pixel: its channels are the run
   return v;
+}
+inline std::optional<View> try_view(const Tensor& t, const char* name) {
+  check_cpu(t, name);
+  return view_of(t, name);
 }
 
 inline int64_t spatial(const Tensor& t) {
@@ -86,14 +89,31 @@ struct InPlace {
   Tensor original, used;
   View view;
   InPlace(const Tensor& t, const char* name) : original(t), used(t) {
-    auto v = try_view(t, name);
-    if (!v) used = torch::stable::contiguous(t), v = try_view(used, name);
+    auto v = view_of(t, name);
+    if (!v) used = torch::stable::contiguous(t), v = view_of(used, name);
     view = *v;
   }
   void finish() {
     if (used.get() != original.get()) torch::stable::copy_(original, used);
   }
 };
+
+inline void check_device(const Tensor& t, const Tensor& x, const char* name) {
+  const bool same = t.is_cuda() == x.is_cuda() && t.is_cpu() == x.is_cpu() && t.get_device_index() == x.get_device_index();
+  STD_TORCH_CHECK(same, name, ": must be on the device of the first argument");
+}
+
+#ifdef USE_CUDA
+// The device of `t` made current, and its stream.
+struct OnDevice {
+  torch::stable::accelerator::DeviceGuard guard;
+  void* stream = nullptr;
+  explicit OnDevice(const Tensor& t) : guard(t.get_device_index()) {
+    STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream(t.get_device_index(), &stream) == 0, "no current CUDA stream");
+  }
+};
+inline void check_launch(const char* error, const char* op) { STD_TORCH_CHECK(!error, op, ": ", error ? error : ""); }
+#endif
 
 inline void check_shape(const Tensor& t, const Tensor& x, const char* name) {
   bool same = t.dim() == x.dim();

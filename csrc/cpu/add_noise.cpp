@@ -18,7 +18,7 @@ void add_noise(const AddNoise& a) { FASTDIFF_DISPATCH(add_noise, a); }
 template <class A> void noise_forms(const AddNoise& a) {
   const bool run = is_flat(a.x0, a.c, a.s);
   const View x0 = run ? as_run(a.x0) : a.x0;
-  const Tiling tiling(a.c, a.s, run);
+  const Tiling tiling(a.c, a.s, run ? Walk::run : Walk::tiles);
   const int64_t room = tiling.channels * tiling.length;
   parallel_for(a.n * tiling.count, 4, [&](int64_t begin, int64_t end) {
     const Scratch memory(room * (2 * sizeof(A) + sizeof(float)));
@@ -28,7 +28,7 @@ template <class A> void noise_forms(const AddNoise& a) {
       const int64_t n = task / tiling.count, tile = task % tiling.count, first = tile * tiling.length;
       const int64_t length = tiling.length_of(tile), size = tiling.channels * length;
       const A* x = read_tile(x0, tiling, n, first, length, x_tile);
-      noise_tile(stream_of(a.seeds[n], a.draw, a.domain), tiling, first, length, z);
+      noise_tile(stream_of(a.seeds[n], a.draw, a.domain), tiling, first, length, z, nullptr);
       for (int64_t k = 0; k < a.k; ++k) {
         const A* c = static_cast<const A*>(a.coefficients) + 2 * (n * a.k + k);
         const A of_x = c[0], of_z = c[1];

@@ -13,82 +13,109 @@ void group_norm_silu(const GroupNormSilu& a) { FASTDIFF_DISPATCH(group_norm_silu
 
 #include "cpu/group_norm.h"
 
+template <class T, bool silu> FD_INLINE Vec<Acc<T>> activate(Vec<Acc<T>> s) {
+  if constexpr (silu) return divide<kRough<T>>(s, inverse_sigmoid<kRough<T>>(s));
+  else return s;
+}
+
 // y = silu((x - m) A + B) over one run of n elements of a channel.
-template <class T, bool silu> FD_INLINE void apply_run(const T* x, T* y, int64_t n, const Channel<Acc<T>>& k) {
+template <class T, bool silu> FD_INLINE void apply_run(const T* x, T* y, int64_t n, Acc<T> m_, Acc<T> a_, Acc<T> b_) {
   typedef Vec<Acc<T>> V;
   constexpr int N = Simd<Acc<T>>::N;
-  const V m = splat<V>(k.m), a = splat<V>(k.a), b = splat<V>(k.b);
+  const V m = splat<V>(m_), a = splat<V>(a_), b = splat<V>(b_);
   int64_t i = 0;
-  for (; i + N <= n; i += N) store(y + i, activate<silu>(fma(load(x + i) - m, a, b)));
+  for (; i + N <= n; i += N) store(y + i, activate<T, silu>(fma(load(x + i) - m, a, b)));
   if (i < n) {
     const int rest = static_cast<int>(n - i);
-    store_some(y + i, activate<silu>(fma(load_some(x + i, rest) - m, a, b)), rest);
+    store_some(y + i, activate<T, silu>(fma(load_some(x + i, rest) - m, a, b)), rest);
   }
 }
 
-// Contiguous channels: a group is read for its statistics and, still in cache, again for its values.
-template <class T, bool silu> void planes(const GroupNormSilu& a) {
+// Contiguous channels. A task is a group: while it is in cache it is read for its statistics and again for its values.
+template <class T, bool silu> void planes(const GroupNormSilu& g) {
   typedef Acc<T> A;
-  const int64_t per = a.c / a.groups;
-  parallel_for(a.n * a.groups, grain_of(per * a.s), [&](int64_t begin, int64_t end) {
-    for (int64_t task = begin; task < end; ++task) {
-      const int64_t n = task / a.groups, c0 = task % a.groups * per;
-      A* stats = static_cast<A*>(a.stats) + 2 * task;
-      Moments moments{0, 0, 0};
-      if (a.given_stats) {
-        moments.mean = stats[0];
-      } else {
-        moments = group_moments<T>(a, n, c0, per);
-        stats[0] = static_cast<A>(moments.mean);
-        stats[1] = static_cast<A>(moments.variance());
-      }
-      const double rstd = rstd_of(a, a.given_stats ? stats[1] : moments.variance());
-      for (int64_t c = c0; c < c0 + per; ++c)
-        apply_run<T, silu>(a.x.at<const T>(n, c), a.y.at<T>(n, c), a.s, channel_map<A>(a, n, c, moments.mean, rstd));
-    }
-  });
-}
-
-// Channels-last: one row of pixels' channels after the other, three coefficients a channel.
-template <class T, bool silu>
-FD_INLINE void apply_rows(const GroupNormSilu& a, const ChannelTable<Acc<T>>& k, int64_t n, int64_t begin, int64_t end) {
-  constexpr int N = Simd<Acc<T>>::N;
-  for (int64_t s = begin; s < end; ++s) {
-    const T* x = a.x.at<const T>(n, 0, s);
-    T* y = a.y.at<T>(n, 0, s);
-    int64_t c = 0;
-    for (; c + N <= a.c; c += N)
-      store(y + c, activate<silu>(fma(load(x + c) - load(k.m + c), load(k.a + c), load(k.b + c))));
-    if (c < a.c) {
-      const int rest = static_cast<int>(a.c - c);
-      const auto v = fma(load_some(x + c, rest) - load_some(k.m + c, rest), load_some(k.a + c, rest), load_some(k.b + c, rest));
-      store_some(y + c, activate<silu>(v), rest);
-    }
-  }
-}
-
-template <class T, bool silu> void rows(const GroupNormSilu& a) {
-  typedef Acc<T> A;
-  constexpr int64_t block = channel_block<A>();
-  const int64_t blocks = (a.c + block - 1) / block, table_at = ChannelSums::bytes(a.c);
-  // A sample a thread where there are enough samples (it may still be in cache for the second pass), else a sample after
-  // the other by all threads; same sums either way.
-  const bool inner = a.n < threads();
-  const auto samples = [&](int64_t begin, int64_t end) {
-    const Scratch memory(table_at + ChannelTable<A>::bytes(a.c));
-    const ChannelSums sums(memory.data, a.c);
-    const ChannelTable<A> table(memory.data + table_at, a.c);
-    for (int64_t n = begin; n < end; ++n) {
-      const auto first = [&](int64_t i, int64_t j) {
-        for (; i < j; ++i) channel_moments<T>(a, n, i * block, sums);
-      };
-      const auto second = [&](int64_t i, int64_t j) { apply_rows<T, silu>(a, table, n, i, j); };
-      if (!a.given_stats) inner ? parallel_for(blocks, grain_of(block * a.s), first) : first(0, blocks);
-      channel_maps<A>(a, n, sums, table);
-      inner ? parallel_for(a.s, grain_of(a.c), second) : second(0, a.s);
-    }
+  const int64_t per = g.c / g.groups, size = per * g.s, pieces = g.given_stats ? 0 : (size + kPiece - 1) / kPiece;
+  const int64_t table_at = aligned(pieces * sizeof(Moments)), maps_at = table_at + ChannelTable<A>::bytes(per);
+  const auto first = [&](char* memory, int64_t task, int64_t piece) {
+    const int64_t begin = piece * kPiece, end = begin + kPiece < size ? begin + kPiece : size;
+    reinterpret_cast<Moments*>(memory)[piece] = group_moments<T>(g, task / g.groups, task % g.groups * per, begin, end);
   };
-  inner ? samples(0, a.n) : parallel_for(a.n, grain_of(a.c * a.s), samples);
+  const auto finish = [&](char* memory, int64_t task) {
+    A* stats = static_cast<A*>(g.stats) + 2 * task;
+    double mean = stats[0], var = stats[1];
+    if (!g.given_stats) {
+      Moments all;
+      for (int64_t i = 0; i < pieces; ++i) all.merge(reinterpret_cast<Moments*>(memory)[i]);
+      stats[0] = static_cast<A>(mean = all.mean), stats[1] = static_cast<A>(var = all.variance());
+    }
+    double *means = reinterpret_cast<double*>(memory + maps_at), *rstds = means + per;
+    const double rstd = rstd_of(g, var);
+    for (int64_t c = 0; c < per; ++c) means[c] = mean, rstds[c] = rstd;
+    channel_maps<A>(g, task / g.groups, task % g.groups * per, per, means, rstds, {memory + table_at, per});
+  };
+  const auto second = [&](char* memory, int64_t task, int64_t begin, int64_t end) {
+    const ChannelTable<A> k(memory + table_at, per);
+    const int64_t n = task / g.groups, c0 = task % g.groups * per;
+    for (int64_t c = begin; c < end; ++c)
+      apply_run<T, silu>(g.x.at<const T>(n, c0 + c), g.y.at<T>(n, c0 + c), g.s, k.m[c], k.a[c], k.b[c]);
+  };
+  run_stages({g.n * g.groups, size, maps_at + 2 * per * 8, pieces, per}, first, finish, second);
+}
+
+// Channels-last: pixels begin ... end - 1.
+template <class T, bool silu>
+FD_INLINE void apply_rows(const GroupNormSilu& g, const ChannelTable<Acc<T>>& k, int64_t n, int64_t begin, int64_t end) {
+  typedef Vec<Acc<T>> V;
+  for (int64_t first = begin; first < end; first += kTile) {
+    const int64_t last = first + kTile < end ? first + kTile : end;
+    by_vectors<2, Acc<T>>(0, g.c, [&](auto j_, int64_t c) __attribute__((always_inline)) {
+      constexpr int J = decltype(j_)::value, M = J ? J : 1;
+      const int some = static_cast<int>(g.c - c);
+      V m[M], a[M], b[M];
+      each<M>([&](int j) __attribute__((always_inline)) {
+        m[j] = load_at<J>(k.m + c, j, some), a[j] = load_at<J>(k.a + c, j, some), b[j] = load_at<J>(k.b + c, j, some);
+      });
+      for (int64_t r = first; r < last; ++r) {
+        const T* x = g.x.at<const T>(n, c, r);
+        T* y = g.y.at<T>(n, c, r);
+        each<M>([&](int j) __attribute__((always_inline)) {
+          store_at<J>(y, activate<T, silu>(fma(load_at<J>(x, j, some) - m[j], a[j], b[j])), j, some);
+        });
+      }
+    });
+  }
+}
+
+// A task is a sample: moments of pieces of pixels and blocks of channels, then groups, then values.
+template <class T, bool silu> void rows(const GroupNormSilu& g) {
+  typedef Acc<T> A;
+  constexpr int64_t block = block_channels<A>();
+  const int64_t height = piece_rows(g.c), pieces = g.given_stats ? 1 : (g.s + height - 1) / height;
+  const int64_t blocks = (g.c + block - 1) / block, table_at = aligned((pieces > 0 ? pieces : 1) * 2 * g.c * 8);
+  const auto first = [&](char* memory, int64_t n, int64_t item) {
+    const int64_t piece = item / blocks, c0 = item % blocks * block, c1 = c0 + block < g.c ? c0 + block : g.c;
+    const int64_t top = piece * height, count = g.s - top < height ? g.s - top : height;
+    double* moments = reinterpret_cast<double*>(memory) + piece * 2 * g.c;
+    by_vectors<4, A>(c0, c1, [&](auto j, int64_t c) __attribute__((always_inline)) {
+      channel_moments<decltype(j)::value>(g.x.at<const T>(n, c, top), g.x.s, count, static_cast<int>(c1 - c), moments + c,
+                                          moments + g.c + c);
+    });
+  };
+  const auto finish = [&](char* memory, int64_t n) {
+    double* moments = reinterpret_cast<double*>(memory);
+    const ChannelTable<A> table(memory + table_at, g.c);
+    if (g.given_stats) return channel_maps<A>(g, n, moments, table);
+    if (pieces == 0)
+      for (int64_t i = 0; i < 2 * g.c; ++i) moments[i] = 0;
+    merge_pieces(g, moments, pieces);
+    group_statistics<A>(g, n, moments);
+    channel_maps<A>(g, n, 0, g.c, moments, moments + g.c, table);
+  };
+  const auto second = [&](char* memory, int64_t n, int64_t begin, int64_t end) {
+    apply_rows<T, silu>(g, {memory + table_at, g.c}, n, begin, end);
+  };
+  run_stages({g.n, g.c * g.s, table_at + ChannelTable<A>::bytes(g.c), g.given_stats ? 0 : pieces * blocks, g.s}, first, finish,
+             second);
 }
 
 template <class T> void run_forward(const GroupNormSilu& a) {

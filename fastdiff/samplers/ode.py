@@ -1,18 +1,22 @@
-"""Euler and Heun on the probability-flow ODE in EDM's form, with stochastic churn (Karras et al. 2022, algorithm 2).
+"""Runge-Kutta steps on the probability-flow ODE: Euler, Heun, midpoint, DPM2; with churn (Karras et al. 2022, algorithm 2).
 
-Written for y = x / alpha at noise level r = sigma / alpha, where every schedule's ODE is dy/dr = (y - D) / r; a row's
-coefficients carry the alphas of the times it starts and ends at.
+Written for y = x / alpha at noise level r = sigma / alpha, where every schedule's ODE is dy/dr = eps = (y - D) / r.
 """
 
 import dataclasses
 import math
+from collections.abc import Callable
 
-import numpy as np
+from typing_extensions import Unpack
 
 from fastdiff.denoiser import Prediction
-from fastdiff.plan import Plan, Row
-from fastdiff.samplers._grids import check_nfe, ratio_grid
+from fastdiff.plan import Plan
+from fastdiff.samplers._grids import Grid, GridOptions, check_nfe, grid
+from fastdiff.samplers._recipe import Path, Recipe, Vector, z
 from fastdiff.schedules import Schedule
+
+# (path, y, D, eps, level, next level) -> y at the next level
+Step = Callable[[Path, Vector, Vector, Vector, float, float], Vector]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,25 +31,37 @@ class Churn:
     def gamma(self, r: float, steps: int) -> float:
         return min(self.S_churn / steps, math.sqrt(2) - 1) if self.S_min <= r <= self.S_max else 0.0
 
+    def apply(self, y: Vector, r: float, step: int, steps: int) -> tuple[Vector, float]:
+        """y with the noise of this step, and r_hat."""
+        hat = r * (1 + self.gamma(r, steps))
+        extra = self.S_noise * math.sqrt(max(hat**2 - r**2, 0.0))
+        return (y + extra * z(step), hat) if extra > 0 else (y, hat)
+
+
+def toward(y: Vector, d: Vector, now: float, then: float) -> Vector:
+    """Euler's step y + (then - now) eps, in the form that leaves nothing of y at then = 0; DDIM, DPM-Solver-1."""
+    return then / now * y + (1 - then / now) * d
+
 
 def euler(
     schedule: Schedule,
     prediction: Prediction,
     nfe: int,
     *,
-    rho: float = 7.0,
-    ratio_min: float | None = None,  # smallest and largest sigma / alpha; the schedule's own by default
-    ratio_max: float | None = None,
     S_churn: float = 0.0,
     S_min: float = 0.0,
     S_max: float = math.inf,
     S_noise: float = 1.0,
+    variable: str = "ratio",  # what Euler's step is linear in: "ratio", "time" (of an SDE), "variance" (r^2)
     clip: bool = False,
+    **where: Unpack[GridOptions],
 ) -> Plan:
-    """First order: y' = y + (r' - r_hat)(y - D) / r_hat, one evaluation a step."""
+    """First order: y' = y + (r' - r_hat) eps, one evaluation a step."""
     check_nfe(nfe, "euler")
-    r = ratio_grid(schedule, nfe, rho, ratio_min, ratio_max)
-    return _plan("euler", schedule, prediction, r, Churn(S_churn, S_min, S_max, S_noise), clip)
+    levels, churn = grid(schedule, nfe, **where), Churn(S_churn, S_min, S_max, S_noise)
+    if variable != "ratio":
+        return _in_other_variable("euler", levels, prediction, variable, churn, clip)
+    return _run("euler", levels, prediction, churn, clip, lambda path, y, d, eps, now, then: toward(y, d, now, then))
 
 
 def heun(
@@ -53,71 +69,126 @@ def heun(
     prediction: Prediction,
     nfe: int,
     *,
-    rho: float = 7.0,
-    ratio_min: float | None = None,
-    ratio_max: float | None = None,
+    S_churn: float = 0.0,
+    S_min: float = 0.0,
+    S_max: float = math.inf,
+    S_noise: float = 1.0,
+    variable: str = "ratio",
+    clip: bool = False,
+    **where: Unpack[GridOptions],
+) -> Plan:
+    """Second order, EDM's sampler: an Euler step corrected by the trapezoid rule, except the last: nfe = 2 N - 1."""
+    levels = grid(schedule, two_stage_steps(nfe, "heun", where), **where)
+    churn = Churn(S_churn, S_min, S_max, S_noise)
+    if variable != "ratio":
+        return _in_other_variable("heun", levels, prediction, variable, churn, clip)
+
+    def step(path, y, d, eps, now, then):
+        if then == 0:
+            return toward(y, d, now, then)
+        _, _, eps2 = path.look(toward(y, d, now, then), then)
+        return y + (then - now) / 2 * (eps + eps2)
+
+    return _run("heun", levels, prediction, churn, clip, step)
+
+
+def midpoint(
+    schedule: Schedule,
+    prediction: Prediction,
+    nfe: int,
+    *,
+    mean: str = "arithmetic",
     S_churn: float = 0.0,
     S_min: float = 0.0,
     S_max: float = math.inf,
     S_noise: float = 1.0,
     clip: bool = False,
+    **where: Unpack[GridOptions],
 ) -> Plan:
-    """Second order, EDM's sampler: an Euler step corrected by the trapezoid rule, except the last: nfe = 2 N - 1."""
-    check_nfe(nfe, "heun")
-    if nfe % 2 == 0:
+    """Second order: an Euler step to a level between, whose eps makes the whole step; Euler to r = 0: nfe = 2 N - 1.
+
+    mean: that level: "arithmetic", "geometric" (DPM2 of k-diffusion, DPM-Solver-2), or "cubic", ((r^(1/3) + r'^(1/3)) / 2)^3
+    (the consistency models' code), which needs no exception at 0 and makes 2 N evaluations.
+    """
+    if mean not in MEANS:
+        raise ValueError(f"mean: {mean!r} is not known; use one of {', '.join(MEANS)}")
+    name = "dpm2" if mean == "geometric" else "midpoint"
+    levels = grid(schedule, two_stage_steps(nfe, name, where, at_zero=mean == "cubic"), **where)
+
+    def step(path, y, d, eps, now, then):
+        if then == 0 and mean != "cubic":
+            return toward(y, d, now, then)
+        middle = MEANS[mean](now, then)
+        _, _, eps2 = path.look(toward(y, d, now, middle), middle)
+        return y + (then - now) * eps2
+
+    return _run(name, levels, prediction, Churn(S_churn, S_min, S_max, S_noise), clip, step)
+
+
+MEANS: dict[str, Callable[[float, float], float]] = {
+    "arithmetic": lambda a, b: (a + b) / 2,
+    "geometric": lambda a, b: math.sqrt(a * b),
+    "cubic": lambda a, b: ((a ** (1 / 3) + b ** (1 / 3)) / 2) ** 3,
+}
+
+
+def two_stage_steps(nfe: int, name: str, where: GridOptions, *, at_zero: bool = False) -> int:
+    """N where a step makes two evaluations, but only one where it goes to 0."""
+    check_nfe(nfe, name)
+    odd = where.get("to_zero", True) and not at_zero
+    if nfe % 2 != odd:
+        count = "2 N - 1" if odd else "2 N"
         raise ValueError(
-            f"nfe: heun makes 2 N - 1 evaluations in N steps, not {nfe}; the nearest are {nfe - 1} and {nfe + 1}"
+            f"nfe: {name} makes {count} evaluations in N steps, not {nfe}; the nearest are {nfe - 1} and {nfe + 1}"
         )
-    r = ratio_grid(schedule, (nfe + 1) // 2, rho, ratio_min, ratio_max)
-    return _plan("heun", schedule, prediction, r, Churn(S_churn, S_min, S_max, S_noise), clip)
+    return (nfe + 1) // 2
 
 
-def _plan(name: str, schedule, prediction, r: np.ndarray, churn: Churn, clip: bool) -> Plan:
-    """Rows of N = len(r) steps along r and then to 0. The noise before a step is added by the row that ends there."""
-    steps, rows = len(r), []
-    r_hat = np.array([float(v) * (1 + churn.gamma(float(v), steps)) for v in r])
-    extra = churn.S_noise * np.sqrt(np.maximum(r_hat**2 - r**2, 0))
-    # Draws are numbered by the step whose churn they are.
-    noise = [{i: float(e)} if e > 0 else {} for i, e in enumerate(extra)]
-    t, alpha = _times(schedule, r_hat)
-    t_plain, alpha_plain = _times(schedule, r)
-    if noise[0]:
-        scale = float(alpha[0] / alpha_plain[0])
-        start = {k: v * float(alpha[0]) for k, v in noise[0].items()}
-        rows.append(Row(float(t_plain[0]), float(t[0]), evaluate=False, x=scale, noise=start))
-    for i in range(steps):
-        now, a_now, last = float(r_hat[i]), float(alpha[i]), i == steps - 1
-        then = 0.0 if last else float(r[i + 1])
-        a_end, t_end, churned = (1.0, schedule.t_min, {}) if last else (float(alpha[i + 1]), float(t[i + 1]), noise[i + 1])
-        churned = {k: v * a_end for k, v in churned.items()}
-        x, d = then / now, 1 - then / now
-        if name == "euler" or last:
-            rows.append(_row(t[i], t_end, clip, x=x * a_end / a_now, d=d * a_end, noise=churned))
-            continue
-        a_mid, h = float(alpha_plain[i + 1]), then - now
-        rows.append(
-            _row(t[i], t_plain[i + 1], clip, x=x * a_mid / a_now, d=d * a_mid, save_x=True, save_d=0, save_clipped=clip)
-        )
-        rows.append(
-            _row(
-                t_plain[i + 1],
-                t_end,
-                clip,
-                x=h / (2 * then) * a_end / a_mid,
-                d=-h / (2 * then) * a_end,
-                saved=(1 + h / (2 * now)) * a_end / a_now,
-                history={0: -h / (2 * now) * a_end},
-                noise=churned,
-            )
-        )
-    return Plan(name, tuple(rows), schedule, prediction, float(r[0] * alpha_plain[0]))
+def _run(name: str, levels: Grid, prediction: Prediction, churn: Churn, clip: bool, step: Step) -> Plan:
+    path = Path(name, levels, prediction, clip=clip)
+    y = path.y
+    for i, level, then in path.steps():
+        y, now = churn.apply(y, level, i, levels.steps)
+        y, d, eps = path.look(y, now)
+        y = step(path, y, d, eps, now, then)
+    return path.plan(y)
 
 
-def _times(schedule: Schedule, r: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Times with sigma / alpha = r, and their alphas."""
-    t = schedule.time_of(r)
-    return t, schedule.alpha(t)
+def _in_other_variable(name: str, levels: Grid, prediction: Prediction, variable: str, churn: Churn, clip: bool) -> Plan:
+    """Euler and Heun where the steps are linear in another variable than r (EDM's ablations of published samplers).
 
+    "variance": y in u = r^2, dy/du = eps / (2 r). "time": x in the SDE's own time t, dx/dt = f x + g^2 eps / (2 sigma).
+    The last step goes to u = 0 by the same rule, which is not D.
+    """
+    schedule = levels.schedule
+    if variable not in ("time", "variance"):
+        raise ValueError(f"variable: {variable!r} is not known; use ratio, time or variance")
+    if churn.S_churn:
+        raise ValueError(f"S_churn: {churn.S_churn} with variable={variable!r} is not defined here; use variable='ratio'")
+    in_time = variable == "time"
+    recipe = Recipe(name, schedule, prediction, float(levels.t[0]), clip=clip)
+    t = levels.t.tolist()
 
-def _row(t, to, clip, *, d, **rest) -> Row:
-    return Row(float(t), float(to), d=0.0 if clip else d, d_clip=d if clip else 0.0, **rest)
+    def slope(x: Vector, d: Vector, at: float) -> Vector:
+        """dx/du for "time", d(x / alpha)/du for "variance"."""
+        alpha, sigma = float(schedule.alpha(at)), float(schedule.sigma(at))
+        eps = (x - alpha * d) / sigma
+        if not in_time:
+            return eps * (alpha / (2 * sigma))
+        f, g2 = schedule.drift_diffusion(at)
+        return float(f) * x + float(g2) / (2 * sigma) * eps
+
+    x, last = recipe.x, len(t) - 2
+    for i in range(levels.steps):
+        ends = i == last and levels.r[-1] == 0
+        u = (t[i], 0.0 if ends else t[i + 1]) if in_time else (float(levels.r[i]) ** 2, float(levels.r[i + 1]) ** 2)
+        # "time" steps x itself, "variance" y = x / alpha
+        a0, a1 = (1.0, 1.0) if in_time else (float(schedule.alpha(t[i])), 1.0 if ends else float(schedule.alpha(t[i + 1])))
+        x, d = recipe.look(x, t[i])
+        first = slope(x, d, t[i])
+        end = a1 * (x / a0 + (u[1] - u[0]) * first)
+        if name == "heun" and not ends:
+            x2, d2 = recipe.look(end, t[i + 1])
+            end = a1 * (x / a0 + (u[1] - u[0]) / 2 * (first + slope(x2, d2, t[i + 1])))
+        x = end
+    return recipe.plan(x, t[-1])

@@ -9,7 +9,8 @@ x_t and x_r share their noise, both evaluations the dropout mask. As the stages 
 import numpy as np
 import torch
 
-from fastdiff.training.losses import linear_forms, normals, run
+from fastdiff.denoiser import Denoiser
+from fastdiff.training.losses import linear_forms, normals
 
 P_MEAN, P_STD = -1.1, 2.0
 K_SIGMOID, B_SIGMOID = 8.0, 1.0
@@ -26,17 +27,13 @@ def loss(network, config, batch):
     schedule, prediction = config.schedule, config.prediction
     t = np.clip(np.exp(P_MEAN + P_STD * normals(batch.seeds)), 1e-4, schedule.sigma_max)
     r = earlier_time(t, config.q, min(int(batch.progress * config.stages), config.stages - 1))
-    at_t, at_r = (prediction.coefficients(schedule, np.maximum(s, 1e-4)) for s in (t, r))
+    denoise = Denoiser(network, schedule, prediction)
     x_t, x_r = linear_forms(batch, (np.ones_like(t), t), (np.ones_like(r), r))
-
-    def denoise(x, c):
-        skip, out, inner = (torch.from_numpy(v).to(x).reshape(-1, 1, 1, 1) for v in (c.c_skip, c.c_out, c.c_in))
-        return skip * x + out * run(network, inner * x, c.c_noise, batch.labels)
 
     # The fork gives the generators back as they were, so that both evaluations drop the same units.
     with torch.random.fork_rng([x_t.device] if x_t.is_cuda else []), torch.no_grad():
-        d_r = denoise(x_r, at_r)
-    d_t = denoise(x_t, at_t)
+        d_r = denoise(x_r, np.maximum(r, 1e-4), batch.labels)
+    d_t = denoise(x_t, t, batch.labels)
     zero = torch.from_numpy(r == 0).to(x_t.device).reshape(-1, 1, 1, 1)
     target = torch.where(zero, batch.x0, d_r)
     # Per pixel, so that the learning rate does not depend on the resolution.

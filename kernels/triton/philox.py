@@ -31,6 +31,26 @@ def words(seed, block, draw, domain):
 
 
 @triton.jit
+def quarter_turns(q, turn):
+    """cos, sin of `turn` + q quarter turns, float32 q in [-1/2, 1/2]; of the uint32 turn the two lowest bits count."""
+    q2 = q * q
+    sin = q2 * -0.004602177068591118 + 0.07968022674322128
+    sin = sin * q2 + -0.6459634900093079
+    sin = (sin * q2 + 1.5707963705062866) * q
+    cos = q2 * 0.0009067435166798532 + -0.02086152881383896
+    cos = cos * q2 + 0.253669410943985
+    cos = cos * q2 + -1.2337005138397217
+    cos = cos * q2 + 1.0
+    odd = (turn & 1) != 0
+    c = tl.where(odd, sin, cos)
+    s = tl.where(odd, cos, sin)
+    # Signs are flipped as bits: 0 - x, which `-x` may become, gives +0 for x = +0.
+    c = (c.to(tl.uint32, bitcast=True) ^ (((turn + 1) & 2) << 30)).to(tl.float32, bitcast=True)
+    s = (s.to(tl.uint32, bitcast=True) ^ ((turn & 2) << 30)).to(tl.float32, bitcast=True)
+    return c, s
+
+
+@triton.jit
 def box_muller(w0, w1):
     """Two float32 normals r cos(theta), r sin(theta) from two uint32 words."""
     u = w0.to(tl.float32) * 2.0**-32 + 2.0**-33
@@ -49,21 +69,7 @@ def box_muller(w0, w1):
     r = tl.sqrt_rn(exponent * -1.3862943649291992 + f * p)
 
     q = (w1 << 2).to(tl.int32, bitcast=True).to(tl.float32) * 2.0**-32
-    q2 = q * q
-    sin = q2 * -0.004602177068591118 + 0.07968022674322128
-    sin = sin * q2 + -0.6459634900093079
-    sin = (sin * q2 + 1.5707963705062866) * q
-    cos = q2 * 0.0009067435166798532 + -0.02086152881383896
-    cos = cos * q2 + 0.253669410943985
-    cos = cos * q2 + -1.2337005138397217
-    cos = cos * q2 + 1.0
-    turn = w1 >> 30
-    odd = (turn & 1) != 0
-    c = tl.where(odd, sin, cos)
-    s = tl.where(odd, cos, sin)
-    # Signs are flipped as bits: 0 - x, which `-x` may become, gives +0 for x = +0.
-    c = (c.to(tl.uint32, bitcast=True) ^ (((turn + 1) & 2) << 30)).to(tl.float32, bitcast=True)
-    s = (s.to(tl.uint32, bitcast=True) ^ ((turn & 2) << 30)).to(tl.float32, bitcast=True)
+    c, s = quarter_turns(q, w1 >> 30)
     return r * c, r * s
 
 

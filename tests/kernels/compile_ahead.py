@@ -2,40 +2,54 @@
 
 The launchers run on CPU tensors with JITFunction.run replaced: it specialises the arguments as Triton would and compiles
 for each architecture instead of launching. A program of its own, because the tests' process has the interpreter.
+
+The cases are in ahead/<op>.py, one file an op:
+
+    ARCHITECTURES = (80, 90, 100)
+    NOISE = True                                    its kernels make noise: no contraction, no approximation
+    def cases(case):                                one launch per variant worth compiling
+        case("contiguous float32"); launcher(*tensors)
+    def huge(): launcher(*tensors)                  optional: past 2^31 elements; only addresses count
+    NARROW = {"_kernel loads": "why"}               optional: "loads" or "stores" that need not be 128 bits wide
+    STACK = {"_kernel": (bytes, "why")}             optional: most stack it may have, for spills or else
 """
 
+import importlib.util
 import json
-import re
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
 import torch
 import triton
+from machine_code import examine
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
-from fastdiff.kernels.add_noise import add_noise
-from fastdiff.kernels.denoise_step import denoise_step
-from fastdiff.kernels.group_norm_silu import group_norm_silu
-from fastdiff.kernels.group_norm_silu_backward import group_norm_silu_backward
-from fastdiff.kernels.philox_normal import philox_normal
-
 TYPES = {
+    torch.float64: "*fp64",
     torch.float32: "*fp32",
     torch.bfloat16: "*bf16",
     torch.float16: "*fp16",
     torch.int64: "*i64",
     torch.int32: "*i32",
+    torch.uint8: "*u8",
+    torch.bool: "*i1",
 }
-OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion")
-CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-LAST = torch.channels_last
+OPTIONS = ("num_warps", "num_stages", "num_ctas", "enable_fp_fusion")
+AHEAD = Path(__file__).with_name("ahead")
 
 facts = []
-now = {"case": "", "architectures": ()}
+now = {"op": "", "case": "", "noise": False, "architectures": ()}
+
+
+def load(path):
+    """The module of one file of cases."""
+    spec = importlib.util.spec_from_file_location(f"ahead_{path.stem}", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def source(kernel, arguments):
@@ -43,11 +57,14 @@ def source(kernel, arguments):
     signature, constants, attributes = {}, {}, {}
     for i, parameter in enumerate(kernel.params):
         value = arguments[parameter.name]
-        if parameter.is_constexpr or (isinstance(value, int) and value == 1 and not parameter.do_not_specialize):
+        one = isinstance(value, int) and value == 1 and not isinstance(value, bool) and not parameter.do_not_specialize
+        if parameter.is_constexpr or value is None or one:
             signature[parameter.name], constants[(i,)] = "constexpr", value
             continue
         if isinstance(value, torch.Tensor):
             signature[parameter.name], divisible = TYPES[value.dtype], value.data_ptr() % 16 == 0
+        elif isinstance(value, bool):
+            signature[parameter.name], divisible = "u1", False
         elif isinstance(value, float):
             signature[parameter.name], divisible = "fp32", False
         else:
@@ -58,69 +75,47 @@ def source(kernel, arguments):
     return ASTSource(kernel, signature, constants, attributes)
 
 
-def resources(cubin):
-    """Registers, stack and local memory per thread, from the machine code."""
+def machine_code(cubin):
+    """Registers, stack, local memory per thread and the SASS."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        command = [CUOBJDUMP, "--dump-resource-usage", file.name]
-        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    return {key.lower(): int(value) for key, value in re.findall(r"(REG|STACK|LOCAL|SHARED):(\d+)", text)}
+        [made] = examine(file.name)
+    return {key: made[key] for key in ("reg", "stack", "local", "sass")}
 
 
 def record(self, *args, grid, warmup=False, **kwargs):
     """Stands in for JITFunction.run."""
     options = {key: kwargs.pop(key) for key in OPTIONS if key in kwargs}
     arguments = dict(zip(self.arg_names, args, strict=False)) | kwargs
+    defaults = {p.name: p.default for p in self.params if p.has_default}
     for architecture in now["architectures"]:
-        made = triton.compile(source(self, arguments), target=GPUTarget("cuda", architecture, 32), options=options)
-        fact = {"case": now["case"], "kernel": self.__name__, "architecture": architecture, "options": options}
-        facts.append(fact | resources(made.asm["cubin"]) | {"ptx": made.asm["ptx"], "ttir": str(made.asm["ttir"])})
+        made = triton.compile(
+            source(self, defaults | arguments), target=GPUTarget("cuda", architecture, 32), options=options
+        )
+        fact = {key: now[key] for key in ("op", "case", "noise")}
+        fact |= {"kernel": self.__name__, "architecture": architecture, "options": options}
+        fact |= {"threads": 32 * made.metadata.num_warps, "shared": made.metadata.shared}
+        facts.append(fact | machine_code(made.asm["cubin"]) | {"ptx": made.asm["ptx"], "ttir": str(made.asm["ttir"])})
 
 
-def noise():
-    seeds = torch.arange(2)
-    for now["case"], dtype in (("contiguous float32", torch.float32), ("contiguous bfloat16", torch.bfloat16)):
-        philox_normal(seeds, 0, 0, (3, 32, 32), dtype)
-    for now["case"], form in (("contiguous", torch.contiguous_format), ("channels-last", LAST)):
-        x = torch.empty(2, 32, 32, 32).contiguous(memory_format=form)
-        add_noise(x, seeds, torch.zeros(2, 2, 2), 0, 2)
-        history = torch.empty(2, 2, 32, 32, 32).permute(0, 1, 4, 2, 3) if form is LAST else torch.stack((x, x))
-        codes, row = torch.zeros(3, 5, dtype=torch.int32), torch.tensor([0])
-        denoise_step(x, x.bfloat16(), x.clone(), history, x.bfloat16(), seeds, torch.zeros(3, 14), codes, row)
-
-
-def norm():
-    # Slices on chip and streamed ones; 192 channels in 32 groups, six each, are the odd case that vectorises worst.
-    for now["case"], size, form in (
-        ("whole bfloat16", (2, 256, 16, 16), torch.contiguous_format),
-        ("whole channels-last bfloat16", (2, 192, 16, 16), LAST),
-        ("streamed channels-last bfloat16", (2, 192, 64, 64), LAST),
-    ):
-        n, c = size[:2]
-        x = torch.empty(size, dtype=torch.bfloat16).contiguous(memory_format=form)
-        w, nc = torch.empty(c), torch.empty(n, c)
-        args = (x, w, w, 32, 1e-5, nc, nc, nc)
-        group_norm_silu(*args, None, True)
-        if now["case"] != "whole bfloat16":
-            group_norm_silu_backward(x, *args, torch.empty(n, 32, 2), True)
-
-
-def huge():
-    """Tensors past 2^31 elements: only addresses, since an expanded tensor has no memory behind it."""
-    now["case"] = "huge"
+def addresses_only():
+    """Results of more than 2^31 elements without memory behind them: an expanded tensor has one element."""
     torch.Tensor.new_empty = torch.empty_like = lambda self, size=None, **_: torch.empty(1).expand(size or self.shape)
-    x = torch.empty(1).expand(3, 2**16, 2**10, 2**6)
-    add_noise(x, torch.arange(3), torch.zeros(3, 2, 2), 0, 2)
-    w = torch.empty(2**16)
-    group_norm_silu(x, w, w, 2, 1e-5, None, None, None, None, True)
+
+
+def compile_all(modules):
+    for op, module in modules.items():
+        now.update(op=op, noise=module.NOISE, architectures=module.ARCHITECTURES)
+        module.cases(lambda name: now.update(case=name))
+    addresses_only()
+    for op, module in modules.items():
+        if hasattr(module, "huge"):
+            now.update(op=op, noise=module.NOISE, architectures=(90,), case="huge")
+            module.huge()
 
 
 if __name__ == "__main__":
     JITFunction.run = record
-    now["architectures"] = (80, 90, 100)
-    noise()
-    now["architectures"] = (90,)
-    norm()
-    huge()
+    compile_all({path.stem: load(path) for path in sorted(AHEAD.glob("*.py"))})
     Path(sys.argv[1]).write_text(json.dumps(facts))

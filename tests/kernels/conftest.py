@@ -26,6 +26,22 @@ def _round_to_bfloat16(numpy, interpreter):
     interpreter._convert_float = convert
 
 
+def _multiply_bfloat16(numpy, interpreter):
+    """The interpreter's tl.dot multiplies the bits of bfloat16 operands as integers; here they are widened first."""
+    integers = interpreter.InterpreterBuilder.create_dot
+
+    def widened(t):
+        if str(t.dtype.scalar) != "bf16":
+            return t
+        values = (t.data.astype(numpy.uint32) << 16).view(numpy.float32)
+        return interpreter.TensorHandle(values, interpreter.tl.float32)
+
+    def create_dot(self, a, b, d, *options):
+        return integers(self, widened(a), widened(b), d, *options)
+
+    interpreter.InterpreterBuilder.create_dot = create_dot
+
+
 def _interpret():
     """Import Triton and the kernels with TRITON_INTERPRET=1, which is read when a kernel is decorated, then take it back."""
     if "triton" in sys.modules:
@@ -41,6 +57,7 @@ def _interpret():
         from triton.runtime import interpreter
 
         _round_to_bfloat16(numpy, interpreter)
+        _multiply_bfloat16(numpy, interpreter)
         for name in (*(f"fastdiff.kernels.{name}" for name in KERNELS), "edge_kernel"):
             importlib.import_module(name)
     except ImportError as error:

@@ -1,78 +1,77 @@
-"""Every kernel compiled for sm_80, sm_90 and sm_100 on this machine, and what its PTX must and must not hold."""
+"""Every kernel compiled for the architectures its file of cases names: what its PTX and SASS must and must not hold."""
 
 import importlib.util
-import json
-import os
 import re
-import subprocess
-import sys
-from pathlib import Path
 
+import ahead_cases
+import machine_code
 import pytest
-
-NOISE = {"_philox_normal", "_add_noise", "_denoise_step"}
+from ahead_cases import declared
 
 
 @pytest.fixture(scope="module")
 def facts(tmp_path_factory):
     if importlib.util.find_spec("triton") is None:
         pytest.skip("Triton is not installed")
-    out = tmp_path_factory.mktemp("ahead") / "facts.json"
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    environment["PYTHONPATH"] = os.pathsep.join(p for p in sys.path if p)
-    program = Path(__file__).with_name("compile_ahead.py")
-    run = subprocess.run([sys.executable, program, out], capture_output=True, text=True, env=environment)
-    assert run.returncode == 0, run.stderr
-    return json.loads(out.read_text())
+    return ahead_cases.compiled(tmp_path_factory.mktemp("ahead") / "facts.json")
 
 
-def test_all_kernels_for_all_architectures(facts):
-    made = {(f["kernel"], f["architecture"]) for f in facts}
-    assert {(kernel, a) for kernel in NOISE for a in (80, 90, 100)} <= made
-    assert {k for k, _ in made} == NOISE | {"_whole", "_partial", "_apply", "_sums", "_fold", "_dx"}
+def where(fact):
+    return f"{fact['op']}: {fact['kernel']}, {fact['case']}, sm_{fact['architecture']}"
+
+
+def test_every_kernel_is_compiled_for_its_architectures(facts):
+    made = {op: {f["architecture"] for f in facts if f["op"] == op and f["case"] != "huge"} for op in declared("NOISE")}
+    assert made == {op: set(architectures) for op, architectures in declared("ARCHITECTURES").items()}
+    assert ahead_cases.kernels() == {f["kernel"] for f in facts}, "a case in ahead/<op>.py for each kernel that is launched"
 
 
 def test_noise_is_not_contracted_or_approximated(facts):
     """What the interpreter cannot see: one fused multiply-add changes 1 % of the noise's bits."""
-    for f in facts:
-        if f["kernel"] in NOISE:
-            assert f["options"]["enable_fp_fusion"] is False
-            assert not re.findall(r"fma\.\S*f32|\.approx|\.ftz", f["ptx"]), f["kernel"]
-            assert "sqrt.rn.f32" in f["ptx"]
+    noise = [f for f in facts if f["noise"]]
+    assert {f["op"] for f in noise} == {op for op, makes in declared("NOISE").items() if makes}
+    for f in noise:
+        assert f["options"]["enable_fp_fusion"] is False, where(f)
+        assert not re.findall(r"fma\.\S*f32|\.approx|\.ftz", f["ptx"]), where(f)
+        assert not machine_code.contractions(f["sass"]), where(f)
+        assert not machine_code.makes_noise(f["sass"]) or "sqrt.rn.f32" in f["ptx"], where(f)
+    assert {(f["op"], f["noise"]) for f in facts} >= {(f["op"], True) for f in facts if machine_code.makes_noise(f["sass"])}
+    assert {f["op"] for f in noise if machine_code.makes_noise(f["sass"])} == {f["op"] for f in noise}
 
 
 def test_bfloat16_rounds_to_nearest_even(facts):
     """The interpreter's own conversion truncates, and is replaced in conftest.py; this is the hardware's."""
-    for f in facts:
-        if "bfloat16" in f["case"] and "st.global" in f["ptx"] and f["kernel"] in NOISE | {"_whole", "_apply", "_dx"}:
-            assert re.search(r"cvt\.rn\.bf16", f["ptx"]), (f["case"], f["kernel"])
+    narrowing = [f for f in facts if re.search(r"arith\.truncf .* to tensor<\S*bf16>", f["ttir"])]
+    assert narrowing
+    for f in narrowing:
+        assert re.search(r"cvt\.rn\.bf16", f["ptx"]), where(f)
 
 
 def test_no_spills(facts):
-    """Spills go to local memory. Triton's build of denoise_step for sm_90 has 8 bytes of stack; `ptxas -v` says no spill."""
+    allowed = {kernel: most for of in declared("STACK").values() for kernel, (most, _) in of.items()}
     for f in facts:
-        assert f["local"] == 0 and f["stack"] <= 8, (f["case"], f["kernel"], f["architecture"], f["stack"])
+        most = allowed.get(f["kernel"], 0)
+        assert f["local"] == 0 and f["stack"] <= most, (where(f), f["stack"])
+        assert most or not machine_code.spills(f["sass"]), where(f)
 
 
 def test_wide_accesses(facts):
     """Tensors move 128 bits at a time; narrower accesses are tables, per-channel parameters and statistics."""
-    for f in facts:
-        if f["case"] == "huge" or f["kernel"] in ("_fold",):
-            continue
-        loads, stores = ("_partial", "_sums"), ("_philox_normal",)
-        if f["kernel"] not in stores:
-            assert re.search(r"ld\.global\S*\.v4\.b32", f["ptx"]), (f["case"], f["kernel"])
-        if f["kernel"] not in loads:
-            assert re.search(r"st\.global\S*\.v4\.b32", f["ptx"]), (f["case"], f["kernel"])
-        assert not re.search(r"(ld|st)\.global\S*\.b(8|16)\b", f["ptx"]), (f["case"], f["kernel"])
+    narrow = {words for of in declared("NARROW").values() for words in of}  # a kernel may serve two ops
+    for f in (f for f in facts if f["case"] != "huge"):
+        words = [word for word in machine_code.ACCESSES if f"{f['kernel']} {word}" not in narrow]
+        for word in words:
+            assert machine_code.is_wide(f["sass"], word), (where(f), word)
+        if words:
+            assert not re.findall(r"\b(?:LDG|STG)\.E\.[US](?:8|16)\b", "\n".join(f["sass"])), where(f)
 
 
 def test_offsets_are_64_bits(facts):
     """Past 2^31 elements: every tensor of pointers is moved by int64 offsets, or by a constant, never by a wrapped int32."""
     huge = [f for f in facts if f["case"] == "huge"]
-    assert {f["kernel"] for f in huge} == {"_add_noise", "_partial", "_apply"}
+    assert {f["op"] for f in huge} >= {"add_noise", "group_norm_silu"}
     for f in huge:
         moves = re.findall(r"tt\.addptr %\S+, (%\S+) : tensor<[^,]*>, tensor<\S*x(i32|i64)>", f["ttir"])
         constants = set(re.findall(r"(%\S+) = arith\.constant", f["ttir"]))
         assert moves
-        assert all(width == "i64" or offset in constants for offset, width in moves), (f["kernel"], moves)
+        assert all(width == "i64" or offset in constants for offset, width in moves), (where(f), moves)

@@ -2,6 +2,8 @@
 
 import importlib
 
+import covering
+import norm_cases
 import pytest
 import torch
 from kernel_checks import DTYPES, LAYOUTS, check, lay
@@ -88,6 +90,34 @@ def test_backward(launch_backward, device, shape, groups, layout, dtype):
     names = ("dx", "dw", "db", "dadd", "dscale", "dshift")
     for name, a, p, t in zip(names, ours, plain, truth, strict=True):
         check(name, a.cpu(), p, t, args[0].numel() // groups)
+
+
+# The interpreter takes a second for 2^18 elements.
+FEWER = {
+    "groups": [1, 8, 32, "C"],
+    "size": [(1, 1), (7, 5), (8, 8), (64, 64)],
+    "given": ["", "add", "add scale shift", "scale stats"],
+}
+COVERING = covering.pairwise(
+    norm_cases.PARAMETERS | FEWER,
+    lambda case: norm_cases.divides(case) and norm_cases.elements(case) <= 2**17,
+)
+
+
+@pytest.mark.parametrize("case", COVERING, ids=norm_cases.name_of)
+def test_pairwise_covering(launch, launch_backward, device, case):
+    dy, args = norm_cases.arguments(case)
+    y, stats = launch(*to(args, device))
+    (plain, plain_stats), (truth, true_stats) = reference(*args), reference(*wide(args))
+    terms = max(1, args[0][:1].numel() // args[3])
+    more = 8 * torch.finfo(torch.float32).eps * norm_cases.condition(case, args)  # rounding of x + add, magnified
+    check("y", y.cpu(), plain, truth, terms, more)
+    check("stats", stats.cpu(), plain_stats, true_stats, terms)
+    args[8] = plain_stats
+    ours, theirs = launch_backward(dy.to(device), *to(args, device)), reference_backward(dy, *args)
+    exact = reference_backward(dy.double(), *wide(args))
+    for name, a, p, t in zip(("dx", "dw", "db", "dadd", "dscale", "dshift"), ours, theirs, exact, strict=True):
+        check(name, a.cpu(), p, t, terms * max(1, case["batch"]), more * terms**0.5)
 
 
 @pytest.mark.parametrize("absent", ["add", "scale", "shift"])

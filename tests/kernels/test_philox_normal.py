@@ -36,6 +36,24 @@ def test_other_types_round_once(launch, device, dtype, monkeypatch):
     assert same_bits(made, reference(seed_tensor(SEEDS), 0, 0, (3, 21, 21), dtype))
 
 
+@pytest.mark.parametrize("split", [(1, 4), (2, 2, 1)], ids=str)
+def test_batch_splits(launch, device, split):
+    whole, made = reference(seed_tensor(SEEDS), 7, 1, (3, 7, 9), torch.float32), []
+    for part in seed_tensor(SEEDS, device).split(split):
+        made.append(launch(part, 7, 1, (3, 7, 9), torch.float32))
+    assert same_bits(torch.cat(made), whole)
+
+
+@pytest.mark.parametrize("seed, block", [(62408197, 2), (155288883, 6), (190466559, 11)])
+def test_the_largest_radius(launch, device, seed, block):
+    """Words 0, where the radius is the largest that there is."""
+    made = launch(seed_tensor([seed], device), 0, 0, (4 * block + 4,), torch.float32)
+    assert same_bits(made, reference(seed_tensor([seed]), 0, 0, (4 * block + 4,), torch.float32))
+    assert (
+        abs(max(float(pair.double().norm()) for pair in made[0, -4:].reshape(2, 2)) - float.fromhex("0x1.b0e08ep+2")) < 1e-6
+    )
+
+
 @pytest.mark.parametrize("draw", [2**31 - 1, 2**31, 2**32 - 1])
 def test_draws_and_domains_are_words(launch, device, draw):
     made = launch(seed_tensor([3], device), draw, 3, (9,), torch.float32)

@@ -1,6 +1,7 @@
 """denoise_step: every term of a row, in every mixture of layouts and types, against the reference in float64."""
 
 import itertools
+import math
 import sys
 
 import pytest
@@ -23,11 +24,14 @@ def table(dtype=torch.float32):
     c[2, [C.N2, C.H1, C.D_CLIP]] = 0
     c[3, [C.SKIP, C.OUT, C.D, C.D_CLIP]] = 0
     c[4, [C.N1, C.X]] = 0
+    c[2, C.N_V] = c[4, C.GUIDE] = 0  # a fixed variance; outside the guidance interval
     return c, k
 
 
-def state(shape, slots=3, network=torch.float32, channels_last="", dtype=torch.float32, saved=True):
-    """Arguments of the op; channels_last names those of x F saved history net_in that are."""
+def state(
+    shape, slots=3, network=torch.float32, channels_last="", dtype=torch.float32, saved=True, guided=False, learned=False
+):
+    """Arguments of the op; channels_last names those of x F saved history net_in that are, F_u and V like F."""
     generator = torch.Generator().manual_seed(3)
 
     def make(name, *shape, to=dtype):
@@ -36,7 +40,12 @@ def state(shape, slots=3, network=torch.float32, channels_last="", dtype=torch.f
         return t.movedim(-3, -1).contiguous().movedim(-1, -3) if last else t
 
     keep = make("saved", *shape) if saved else torch.empty(0, dtype=dtype)
-    return {
+    extra = {}
+    if guided:
+        extra |= {"F_u": make("F", *shape, to=network), "guidance": make("w", shape[0])}
+    if learned:
+        extra["V"] = make("F", *shape, to=network).tanh()
+    return extra | {
         "x": make("x", *shape),
         "F": make("F", *shape, to=network),
         "saved": keep,
@@ -63,7 +72,8 @@ def compare(arguments, row, accurate, dtype=torch.float32):
     for name in ("x", "saved", "history", "net_in"):
         assert got[name].stride() == strides[name]
         accurate(got[name], plain[name], truth[name], floor=largest * torch.finfo(dtype).eps)
-    assert arguments["F"] is None or torch.equal(got["F"], arguments["F"]), "F is only read"
+    for name in ("F", "F_u", "V", "guidance"):
+        assert arguments.get(name) is None or torch.equal(got[name], arguments[name]), f"{name} is only read"
 
 
 @pytest.mark.parametrize("row", range(5))
@@ -99,6 +109,71 @@ def test_absent_arguments(isa, accurate):
             arguments["F"] = None
         for row in (0, 3):
             compare(arguments, row, accurate)
+
+
+@pytest.mark.parametrize("channels_last", ["", "F net_in", "x F saved history net_in"], ids=lambda s: s or "none")
+@pytest.mark.parametrize(("guided", "learned"), [(True, False), (False, True), (True, True)])
+def test_guidance_and_learned_variance(isa, guided, learned, channels_last, accurate):
+    for shape, network, row in itertools.product([(2, 3, 16, 16), (3, 3, 7, 5)], DTYPES[:2], [0, 1, 2, 4, [4, 0, 2]]):
+        if not isinstance(row, list) or len(row) == shape[0]:
+            compare(state(shape, 3, network, channels_last, guided=guided, learned=learned), row, accurate)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_one_weight_for_all_and_mixed_types(isa, dtype, accurate):
+    arguments = state((3, 2, 5, 5), guided=True, learned=True, dtype=dtype)
+    mixed = {"guidance": arguments["guidance"][:1], "F_u": arguments["F_u"].bfloat16(), "V": arguments["V"].half()}
+    compare(arguments | mixed, 0, accurate, dtype)
+
+
+def test_halves_of_one_output(isa, accurate):
+    """[2 B, 2 C, H, W]: the conditional half of the batch first, the noise estimate first among the channels."""
+    for channels_last in (False, True):
+        both = torch.randn(4, 6, 8, 8, generator=torch.Generator().manual_seed(7)).bfloat16()
+        both = both.to(memory_format=torch.channels_last) if channels_last else both
+        parts = {"F": both[:2, :3], "F_u": both[2:, :3], "V": both[:2, 3:]}
+        arguments = state((2, 3, 8, 8), network=torch.bfloat16, guided=True, learned=True) | parts
+        last = torch.channels_last if channels_last else torch.contiguous_format
+        arguments["net_in"] = torch.zeros(4, 3, 8, 8, dtype=torch.bfloat16).contiguous(memory_format=last)
+        for row in (0, 1):
+            compare(arguments, row, accurate)
+
+
+@pytest.mark.parametrize("copies", [1, 2, 3])
+def test_next_input_is_written_for_every_branch(isa, copies, accurate):
+    for shape, last in itertools.product([(2, 3, 16, 16), (3, 3, 7, 5)], (False, True)):
+        arguments = state(shape, channels_last="x F saved history" if last else "")
+        arguments["net_in"] = torch.full((copies * shape[0], *shape[1:]), float("nan"))
+        if last:
+            arguments["net_in"] = arguments["net_in"].to(memory_format=torch.channels_last)
+        compare(arguments, 0, accurate)
+
+
+def test_guidance_is_classifier_free_guidance(isa):
+    """w = 0: F_u alone; w = 1: F alone; g = 0: F alone, whatever w; F_u is then not read."""
+    coefficients, codes = torch.zeros(2, len(C)), torch.tensor([[0, 0, 0, -1, 0]] * 2, dtype=torch.int32)
+    coefficients[:, C.OUT] = coefficients[:, C.D] = 1
+    coefficients[0, C.GUIDE] = 1
+    for w, row, expected in ((0.0, 0, "F_u"), (1.0, 0, "F"), (3.0, 0, None), (3.0, 1, "F")):
+        a = state((2, 3, 4, 5), guided=True) | {"guidance": torch.tensor([w])}
+        want = a[expected].clone() if expected else a["F_u"] + w * (a["F"] - a["F_u"])
+        if expected == "F":
+            a["F_u"].fill_(float("nan"))
+        denoise_step(**a, coefficients=coefficients, codes=codes, row=torch.tensor([row]))
+        torch.testing.assert_close(a["x"], want, rtol=1e-5, atol=1e-6)
+
+
+def test_learned_deviation_lies_between_its_ends(isa):
+    """V = -1 is the smallest standard deviation, 1 the largest, 0 their geometric mean."""
+    coefficients, codes = torch.zeros(1, len(C)), torch.tensor([[6, 0, 0, -1, 0]], dtype=torch.int32)
+    low, high = 1e-10, 4.0
+    coefficients[0, [C.N_V, C.LOG_MIN, C.LOG_MAX]] = torch.tensor([1.0, math.log(low**2), math.log(high**2)])
+    for value, deviation in ((-1, low), (0, math.sqrt(low * high)), (1, high)):
+        a = state((2, 3, 5, 7), learned=True)
+        a["V"].fill_(value)
+        denoise_step(**a, coefficients=coefficients, codes=codes, row=torch.tensor([0]))
+        noise = philox_normal(a["seeds"], 6, (3, 5, 7), domain=Domain.STEP)
+        torch.testing.assert_close(a["x"], deviation * noise, rtol=1e-5, atol=0)
 
 
 def test_a_row_per_sample(isa, accurate):
@@ -162,9 +237,11 @@ def test_batch_split(isa):
 
 @pytest.mark.parametrize("network", DTYPES)
 def test_opcheck(network):
-    arguments, (coefficients, codes) = state((2, 3, 4, 5), network=network, channels_last="F net_in"), table()
-    args = (*arguments.values(), coefficients, codes, torch.tensor([0]))
-    torch.library.opcheck(torch.ops.fastdiff.denoise_step.default, args)
+    coefficients, codes = table()
+    for more in ({}, {"guided": True, "learned": True}):
+        arguments = state((2, 3, 4, 5), network=network, channels_last="F net_in", **more)
+        arguments |= {"coefficients": coefficients, "codes": codes, "row": torch.tensor([0])}
+        torch.library.opcheck(torch.ops.fastdiff.denoise_step.default, (), arguments)
 
 
 def test_compiles_as_one_graph(accurate):

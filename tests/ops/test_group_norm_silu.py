@@ -1,9 +1,13 @@
 """group_norm_silu: values and all gradients in every layout and type, statistics, derivatives, sizes, errors."""
 
+import itertools
 import sys
 
+import covering
+import norm_cases
 import pytest
 import torch
+from torch.autograd import forward_ad
 from torch.nn import functional
 
 from fastdiff.ops import group_norm_silu
@@ -76,15 +80,54 @@ def test_gradients_against_float64(isa, dtype, channels_last, accurate):
                 accurate(g, p, t, floor)
 
 
+def check_case(case, accurate):
+    dy, args = norm_cases.arguments(case)
+    y, stats = torch.ops.fastdiff.group_norm_silu(*args)
+    (plain, plain_stats), (truth, true_stats) = module.reference(*args), module.reference(*double(args))
+    assert y.stride() == args[0].stride() if case["layout"] != "view" else y.is_contiguous()
+    # Rounding of x and x + add, about 8, by so much; groups of one or a few elements may be nearly constant.
+    eps, magnified = torch.finfo(torch.float32).eps, norm_cases.condition(case, args)
+    accurate(y, plain, truth, floor=8 * eps * magnified)
+    accurate(stats, plain_stats, true_stats)
+    args[8] = plain_stats
+    got, theirs = (f(dy, *args) for f in (torch.ops.fastdiff.group_norm_silu_backward, module.reference_backward))
+    exact = module.reference_backward(dy.double(), *double(args))
+    terms = dy.numel() / case["channels"]
+    for i, (g, p, t) in enumerate(zip(got, theirs, exact, strict=True)):
+        # sums of `terms` numbers; dx and dadd are differences of numbers as large as 1/std
+        accurate(g, p, t, floor=8 * eps * (1 + terms**0.5) * (magnified if i in (0, 3) else 4 * magnified**0.5))
+
+
+@pytest.mark.parametrize("case", covering.pairwise(norm_cases.PARAMETERS, norm_cases.divides), ids=norm_cases.name_of)
+def test_pairwise_covering(case, accurate):
+    """On the best instruction set; a third of a second where the tensor is large."""
+    check_case(case, accurate)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("channels", norm_cases.PARAMETERS["channels"])
+def test_full_product(channels, accurate):
+    rest = [values for name, values in norm_cases.PARAMETERS.items() if name != "channels"]
+    for values in itertools.product([channels], *rest):
+        case = dict(zip(norm_cases.PARAMETERS, values, strict=True))
+        if norm_cases.divides(case) and norm_cases.elements(case) <= 2**20:
+            check_case(case, accurate)
+
+
 @pytest.mark.parametrize("mean, std", [(0.0, 1e-4), (1e4, 1.0), (-300.0, 0.01), (1e-3, 1e3)])
 @pytest.mark.parametrize("channels_last", [False, True])
-def test_images_far_from_zero(isa, mean, std, channels_last):
+@pytest.mark.parametrize("with_add", [False, True])
+def test_images_far_from_zero(isa, mean, std, channels_last, with_add):
     # E[x^2] - E[x]^2 would lose these variances altogether.
-    x = (torch.randn(2, 32, 24, 24, generator=torch.Generator().manual_seed(0)).double() * std + mean).float()
+    generator = torch.Generator().manual_seed(0)
+    x = (torch.randn(2, 32, 24, 24, generator=generator).double() * std + mean).float()
     x = x.to(memory_format=torch.channels_last) if channels_last else x
     one, zero = torch.ones(32), torch.zeros(32)
-    y, stats = torch.ops.fastdiff.group_norm_silu(x, one, zero, 8, 0.0, None, None, None, None, True)
-    truth, exact = module.reference(*double([x, one, zero]), 8, 0.0, None, None, None, None, True)
+    add = torch.randn(2, 32, generator=generator) * std if with_add else None
+    y, stats = torch.ops.fastdiff.group_norm_silu(x, one, zero, 8, 0.0, add, None, None, None, True)
+    truth, exact = module.reference(
+        *double([x, one, zero]), 8, 0.0, None if add is None else add.double(), None, None, None, True
+    )
     (m, v), (exact_m, exact_v), eps = stats.double().unbind(-1), exact.unbind(-1), torch.finfo(torch.float32).eps
     assert ((m - exact_m).abs() <= eps * exact_m.abs().clamp_min(std)).all()
     # Float32 sums of up to 128 squares a lane, merged in double: sqrt(128) eps / 2, and something for luck.
@@ -106,7 +149,17 @@ def test_extreme_values(isa):
 
 
 @pytest.mark.parametrize(
-    "shape", [(0, 4, 2, 3, 3), (2, 4, 2, 0, 3), (2, 4, 2), (2, 4, 4), (1, 1, 1, 1, 1), (1, 3, 3, 1, 1), (5, 300, 10, 1, 1)]
+    "shape",
+    [
+        (0, 4, 2, 3, 3),
+        (2, 4, 2, 0, 3),
+        (2, 4, 2, 3, 0),
+        (2, 4, 2),
+        (2, 4, 4),
+        (1, 1, 1, 1, 1),
+        (1, 3, 3, 1, 1),
+        (5, 300, 10, 1, 1),
+    ],
 )
 @pytest.mark.parametrize("channels_last", [False, True])
 def test_small_and_empty(isa, shape, channels_last, accurate):
@@ -169,18 +222,28 @@ def test_given_statistics(isa):
 
 
 @pytest.mark.parametrize("channels_last", [False, True])
-def test_threads_and_batch_do_not_change_bits(isa, channels_last):
-    args = inputs(3, 32, 8, 20, 20, channels_last=channels_last)
+@pytest.mark.parametrize("shape", [(3, 32, 8, 20, 20), (3, 40, 5, 64, 65)])  # whole, and in several pieces
+def test_threads_and_batch_do_not_change_bits(isa, channels_last, shape):
+    args = inputs(*shape, channels_last=channels_last)
+    dy = torch.randn_like(args[0])
+
+    def run(args, dy):
+        y, stats = torch.ops.fastdiff.group_norm_silu(*args, None, True)
+        grads = torch.ops.fastdiff.group_norm_silu_backward(dy, *args, stats, True)
+        return (y, stats, grads[0], *grads[3:]), grads[1:3]
+
     before, results = torch.get_num_threads(), []
     try:
         for threads in (1, 2, 5):
             torch.set_num_threads(threads)
-            results.append(torch.ops.fastdiff.group_norm_silu(*args, None, True)[0])
+            results.append(run(args, dy))
     finally:
         torch.set_num_threads(before)
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for i in (0, 1) for a, b in zip(results[0][i], other[i], strict=True))
     alone = [a[1:2] if isinstance(a, torch.Tensor) and a.shape[0] == 3 else a for a in args]
-    results.append(torch.ops.fastdiff.group_norm_silu(*alone, None, True)[0])
-    assert all(torch.equal(results[0], r) for r in results[1:3]) and torch.equal(results[3][0], results[0][1])
+    one, _ = run(alone, dy[1:2])  # the parameters' gradients are sums over the batch
+    assert all(torch.equal(a[0], b[1]) for a, b in zip(one, results[0][0], strict=True))
 
 
 @pytest.mark.parametrize("silu", [True, False])
@@ -208,6 +271,47 @@ def test_functorch_agrees_with_forward_ad():
     torch.testing.assert_close(got, torch.func.jvp(plain, (x,), (tangent,))[1], rtol=1e-4, atol=1e-5)
     total = torch.func.grad(lambda x: run(x).square().sum())(x)
     torch.testing.assert_close(total, torch.func.grad(lambda x: plain(x).square().sum())(x), rtol=1e-4, atol=1e-4)
+
+
+def plain(x, w, b, add, scale, shift, groups, eps):
+    """The formula of plain PyTorch, whose forward-mode derivatives are its own."""
+    broadcast = (*add.shape, 1, 1)
+    h = functional.group_norm(x + add.reshape(broadcast), groups, w, b, eps)
+    return functional.silu(h * (1 + scale.reshape(broadcast)) + shift.reshape(broadcast))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("which", [*range(6), "all"])
+def test_tangents_against_float64(dtype, which, accurate):
+    """Of one argument at a time and of all together, by func.jvp, by forward_ad and by forward_ad compiled."""
+    args = inputs(2, 8, 4, 6, 5, dtype=dtype, mean=0.5)
+    groups, eps = args[3:5]
+    primals = [t.to(dtype) for t in args if isinstance(t, torch.Tensor)]
+    tangents = [torch.randn_like(t) if which in (i, "all") else torch.zeros_like(t) for i, t in enumerate(primals)]
+
+    def ours(x, w, b, add, scale, shift):
+        return group_norm_silu(x, w, b, groups, eps, add, scale, shift)
+
+    def theirs(*tensors):
+        return torch.func.jvp(lambda *t: plain(*t, groups, eps), tuple(tensors[:6]), tuple(tensors[6:]))[1]
+
+    def by_dual(*tensors):
+        with forward_ad.dual_level():
+            given = [p if which not in (i, "all") else forward_ad.make_dual(p, t)
+                     for i, (p, t) in enumerate(zip(tensors[:6], tensors[6:], strict=True))]  # fmt: skip
+            return forward_ad.unpack_dual(ours(*given)).tangent
+
+    truth = theirs(*(t.double() for t in (*primals, *tangents)))
+    nearly = theirs(*primals, *tangents)
+    ways = {
+        "func.jvp": lambda *t: torch.func.jvp(ours, tuple(t[:6]), tuple(t[6:]))[1],
+        "forward_ad": by_dual,
+        "compiled": torch.compile(by_dual, fullgraph=True),
+    }
+    for name, way in ways.items():
+        if name == "compiled" and which not in (0, "all"):
+            continue  # a graph takes a second, and the two differ only in which tangents are absent
+        accurate(way(*primals, *tangents).to(dtype), nearly.to(dtype), truth)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -1,6 +1,7 @@
 """Shared by the sampler tests: data whose denoiser is closed form, networks made of it, and plans replayed by hand."""
 
 import dataclasses
+import math
 from collections.abc import Callable
 
 import numpy as np
@@ -64,27 +65,55 @@ class Oracle:
         return {"eps": (x - a * d) / s, "x0": d, "v": (a * x - d) / s, "score": -(x - a * d) / s**2}[p.kind].float()
 
 
-def replay(plan: Plan, data: Mixture, x: torch.Tensor, noise: Callable[[int], torch.Tensor]) -> torch.Tensor:
-    """The rows of the plan carried out by hand in float64 from unit noise x, with noise(draw) as its draws."""
+def replay(
+    plan: Plan,
+    data: Mixture,
+    x: torch.Tensor,
+    noise: Callable[[int], torch.Tensor],
+    V: float = 0.0,
+    override: Callable[[int, torch.Tensor], torch.Tensor] = lambda i, x: x,
+) -> torch.Tensor:
+    """The rows of the plan carried out by hand in float64 from unit noise x, with noise(draw) as its draws.
+
+    V is what the network says of its variance, the same everywhere. override(i, x) may replace the state after row i.
+    """
     schedule, history, saved = plan.schedule, {}, None
     x = x.double() * plan.prior_std
-    for row in plan.rows:
+    for i, row in enumerate(plan.rows):
+        if row.langevin is not None:
+            x = override(i, corrected(plan, row, data, x, noise(next(iter(row.noise))).double()))
+            continue
         new = row.x * x
         if row.evaluate:
-            d = data.denoise(x, float(schedule.alpha(row.t)), float(schedule.sigma(row.t)))
+            a, s = float(schedule.alpha(row.t)), float(schedule.sigma(row.t))
+            d = data.denoise(x, a, s)
+            d = (x - a * d) / s if row.estimate == "eps" else d
             new = new + row.d * d + row.d_clip * d.clamp(-1, 1)
         if row.saved:
             new = new + row.saved * saved
         for slot, h in row.history.items():
             new = new + h * history[slot]
-        for draw, amount in row.noise.items():
+        for k, (draw, amount) in enumerate(row.noise.items()):
+            if k == 0 and row.learned is not None:
+                low, high = row.learned
+                amount += math.exp(((1 + V) * high + (1 - V) * low) / 4)
             new = new + amount * noise(draw).double()
         if row.save_x:
             saved = x
         if row.save_d is not None:
             history[row.save_d] = d.clamp(-1, 1) if row.save_clipped else d
-        x = new
+        x = override(i, new)
     return x
+
+
+def corrected(plan, row, data, x, z):
+    """x + eps score + sqrt(2 eps) z, eps = 2 a snr^2 ||z||^2 / ||score||^2, norms of each sample or averaged."""
+    alpha, sigma = float(plan.schedule.alpha(row.t)), float(plan.schedule.sigma(row.t))
+    score = (alpha * data.denoise(x, alpha, sigma) - x) / sigma**2
+    norms = [v.flatten(1).norm(dim=1) for v in (z, score)]
+    of_z, of_score = norms if plan.norms == 0 else [n.mean() for n in norms]
+    eps = (row.langevin * (of_z / of_score) ** 2).reshape(-1, 1, 1, 1)
+    return x + eps * score + (2 * eps).sqrt() * z
 
 
 def philox(seeds: torch.Tensor, shape: tuple[int, ...]) -> Callable[[int], torch.Tensor]:

@@ -1,0 +1,20 @@
+"""schedule_coefficients: every law, every target and the slopes once."""
+
+import torch
+
+from fastdiff.kernels.schedule_coefficients import schedule_coefficients
+from fastdiff.ops.schedule_coefficients import Law, Target
+
+ARCHITECTURES = (90,)  # float64 arithmetic that no architecture treats specially
+NOISE = False
+
+
+def cases(case):
+    t, table = torch.empty(64), torch.empty(1000, dtype=torch.float64)
+    laws = [(law, Target.EDM) for law in Law] + [(Law.VP, target) for target in Target if target != Target.FLOW]
+    for law, target in [*laws, (Law.FLOW, Target.FLOW)]:
+        for slopes in (False, True):
+            case(f"{law.name} {target.name}{' slopes' if slopes else ''}")
+            numbers = (0.5, 20.0, 0.5, 0.002, 999.0, False, slopes)
+            dtype = torch.float64 if slopes else torch.float32
+            schedule_coefficients(t, table if law == Law.TABLE else None, int(law), int(target), *numbers, dtype)

@@ -1,0 +1,85 @@
+"""What ptxas made: registers, memory and SASS of each kernel in a cubin, fatbin or shared library, by cuobjdump."""
+
+import importlib.util
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+ACCESSES = {"loads": ("LDG", "LDGSTS"), "stores": ("STG",)}  # of global memory; LDGSTS copies on to shared memory
+
+
+def cuobjdump() -> str | None:
+    """Triton's own, else the toolkit's."""
+    triton = importlib.util.find_spec("triton")
+    own = Path(triton.origin).parent / "backends/nvidia/bin/cuobjdump" if triton else None
+    return str(own) if own and own.exists() else shutil.which("cuobjdump")
+
+
+def examine(path) -> list[dict]:
+    """One record a kernel: function (mangled), architecture, reg, stack, local, shared, sass: ["01c0 LDG.E.64 ..."]."""
+    tool = cuobjdump()
+    text = subprocess.run([tool, "-sass", "-res-usage", path], capture_output=True, text=True, check=True).stdout
+    usage, code, architecture = {}, {}, 0
+    for section in re.split(r"\n(?=\s*(?:Fatbin elf code|Function|\s*code for sm_))", text):
+        head = section.strip().split("\n", 1)[0]
+        if found := re.search(r"(?:arch = |code for )sm_(\d+)", section.split("Function")[0]):
+            architecture = int(found[1])
+        if found := re.match(r"Function : (\S+)", head):
+            lines = re.findall(r"/\*([0-9a-f]{4,6})\*/\s+(.*?)\s*;", section)
+            code[architecture, found[1]] = [f"{at} {instruction}" for at, instruction in lines]
+        elif found := re.match(r"Function (\S+):", head):
+            usage.setdefault(found[1], []).append(
+                {key.lower(): int(n) for key, n in re.findall(r"\b(REG|STACK|LOCAL|SHARED):(\d+)", section)}
+            )
+    records = []
+    for (architecture, function), sass in code.items():
+        records.append({"function": function, "architecture": architecture, "sass": sass} | usage[function].pop(0))
+    return records
+
+
+def operations(sass: list[str]) -> list[str]:
+    """The opcodes with their suffixes, without addresses, predicates and operands."""
+    return [re.sub(r"^\S+ (@!?U?P\w+ )?", "", line).split()[0] for line in sass]
+
+
+def spills(sass: list[str]) -> int:
+    """Stores to and loads from local memory."""
+    return sum(re.match(r"(STL|LDL)\b", op) is not None for op in operations(sass))
+
+
+def contractions(sass: list[str]) -> int:
+    """Fused multiply-adds beyond those of correctly rounded square roots.
+
+    sqrt.rn.f32 is MUFU.RSQ and two FFMA that refine it, in line for each root; one routine of three FFMA and its own
+    MUFU.RSQ, shared by all of them, serves operands at the ends of the range.
+    """
+    ops = operations(sass)
+    roots, fused = ops.count("MUFU.RSQ"), sum(op.startswith("FFMA") for op in ops)
+    return fused - (2 * (roots - 1) + 3 if roots else 0)
+
+
+def main_loops(sass: list[str], word: str) -> list[str]:
+    """The "loads" or "stores" of global memory inside loops; all of the kernel's where no loop has any."""
+    inside = set()
+    for line in sass:
+        at = int(line.split()[0], 16)
+        if (found := re.search(r"\bBRA(?:\.\S+)? .*?0x([0-9a-f]+)$", line)) and (to := int(found[1], 16)) < at:
+            inside.update(range(to, at + 1))
+    everywhere, looped = [], []
+    for line, op in zip(sass, operations(sass), strict=True):
+        if op.split(".")[0] in ACCESSES[word]:
+            everywhere.append(op)
+            if int(line.split()[0], 16) in inside:
+                looped.append(op)
+    return looped or everywhere
+
+
+def is_wide(sass: list[str], word: str) -> bool:
+    """Whether the main loops' "loads" or "stores" of global memory include 128-bit ones."""
+    return any("128" in op.split(".") for op in main_loops(sass, word))
+
+
+def makes_noise(sass: list[str]) -> bool:
+    """Whether a Philox multiplier (D2511F53, which is -2DAEE0AD) is an operand."""
+    return any(re.search(r"-0x2daee0ad|0xd2511f53", line) for line in sass)
