@@ -10,6 +10,7 @@ import json
 import os
 import platform
 import statistics
+import subprocess
 import time
 from pathlib import Path
 
@@ -118,7 +119,12 @@ def issue_rate() -> float | None:
     if DEVICE == "cpu":
         return None
     properties = torch.cuda.get_device_properties()
-    return properties.multi_processor_count * LANES * properties.clock_rate * 1e3  # clock_rate is in kHz
+    if hasattr(properties, "clock_rate"):
+        hertz = properties.clock_rate * 1e3
+    else:  # older torch
+        query = ["nvidia-smi", "--query-gpu=clocks.max.sm", "--format=csv,noheader,nounits"]
+        hertz = float(subprocess.run(query, capture_output=True, text=True, check=True).stdout.split()[0]) * 1e6
+    return properties.multi_processor_count * LANES * hertz
 
 
 def issue_roof(work: float, elements: int, instructions_per_element: float | None) -> float | None:

@@ -24,7 +24,7 @@ def sample(
     n: Annotated[int | None, typer.Option(help="Number of images, from fresh seeds. [default: 64]")] = None,
     seeds: Annotated[str | None, typer.Option(help="Seeds instead of --n, such as 0-63 or 1,5,9: one image each.")] = None,
     labels: Annotated[str | None, typer.Option(help="Classes, 7 or 0,1,2. [default: seed modulo classes]")] = None,
-    out: Annotated[Path, typer.Option(help="PNG to write: a grid whose metadata can repeat it.")] = Path("samples.png"),
+    out: Annotated[Path, typer.Option(help="PNG to write, a grid; or, with --seeds, a folder.")] = Path("samples.png"),
     like: Annotated[Path | None, typer.Option(help="Repeat the request stored in this PNG.")] = None,
     sampler: Annotated[
         str | None, typer.Option(help="One that `fastdiff samplers` lists. [default: the best for the model]")
@@ -41,6 +41,8 @@ def sample(
     fastdiff sample --labels 7 --seeds 0-15             sixteen sevens, always the same ones
     fastdiff sample mnist-edm --nfe 35                  the slow, careful teacher
     fastdiff sample --like digits.png --out again.png   the same images again
+    fastdiff sample --seeds 0-49999 --out images        a file for each seed; run it again to go on after a stop
+    torchrun --nproc_per_node 4 -m fastdiff sample --seeds 0-49999 --out images         the same by four processes
     """
     from fastdiff.commands import sample_command
 

@@ -34,6 +34,15 @@ def grid(images: Tensor, columns: int | None = None, gap: int = 2) -> np.ndarray
     return sheet
 
 
+def save_image(image: Tensor, path: str | os.PathLike) -> None:
+    """Write one image [C, H, W], 1 or 3 channels, as PNG: all of the file or nothing."""
+    if image.shape[0] not in (1, 3):
+        raise ValueError(f"image: {image.shape[0]} channels cannot be shown as PNG; give 1 (grey) or 3 (RGB)")
+    pixels = to_uint8(image[None])[0]
+    picture = Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels)
+    atomically(path, lambda temporary: picture.save(temporary, format="PNG"))
+
+
 def save_grid(
     images: Tensor, path: str | os.PathLike, metadata: dict[str, Any] | None = None, columns: int | None = None
 ) -> None:

@@ -6,6 +6,7 @@ combination of what the sampler holds. Rows are float64 on the host and a small 
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -226,13 +227,14 @@ def execute(
     given = stepwise.given(noise, plan.draws, plan.name, b.x)
     if given is not None:
         table[:, [C.N1, C.N2, C.N_V]] = 0.0
-    on_device = [torch.from_numpy(table).to(b.x), torch.from_numpy(codes).to(b.x.device)]
-    corrector = plan.langevin_tables()
-    corrections = [torch.from_numpy(corrector[0]).to(b.x), torch.from_numpy(corrector[1]).to(b.x.device)]
+    rows, words = torch.from_numpy(table).to(b.x), torch.from_numpy(codes).to(b.x.device)
+    corrector, draws = plan.langevin_tables()
+    corrections, draw_words = torch.from_numpy(corrector).to(b.x), torch.from_numpy(draws).to(b.x.device)
     for i, row in enumerate(plan.rows):
-        F = F_u = V = weight = None
+        F: Any = None
+        F_u = V = weight = None
         if row.evaluate:
-            c_noise = on_device[0][b.row, C.NOISE].expand(len(b.net_in))
+            c_noise = rows[b.row, C.NOISE].expand(len(b.net_in))
             F, F_u, V = _evaluate(network, b.net_in, c_noise, labels, guidance, shape[0])
             weight = guidance.weight.to(b.x) if guidance is not None else None
             if adjust is not None or (row.langevin is not None and F_u is not None):
@@ -244,22 +246,22 @@ def execute(
             _check_variance(row, V, shape[0])
             V = V if plan.learns else None
             weight = None if F_u is None else weight
-            ops.denoise_step(b.x, F, b.saved, b.history, b.net_in, seeds, *on_device, b.row, F_u, weight, V)
+            ops.denoise_step(b.x, F, b.saved, b.history, b.net_in, seeds, rows, words, b.row, F_u, weight, V)
             if given is not None:
                 stepwise.add(given, row.noise, row.learned, V, b.x, b.net_in, float(table[i, C.NEXT_IN]))
         elif given is None:
-            _langevin(b, F, seeds, corrections, plan.norms)
+            _langevin(b, F, seeds, corrections, draw_words, plan.norms)
         else:
-            stepwise.langevin(b.x, F, given[next(iter(row.noise))], b.net_in, corrector[0][i], plan.norms)
+            stepwise.langevin(b.x, F, given[next(iter(row.noise))], b.net_in, corrector[i], plan.norms)
         b.row += 1
         if on_row is not None:
             on_row(i, b.x)
     return b.x
 
 
-def _langevin(b: Buffers, F, seeds: Tensor, tables: list[Tensor], norms: Norms) -> None:
+def _langevin(b: Buffers, F, seeds: Tensor, table: Tensor, draws: Tensor, norms: Norms) -> None:
     copies = b.net_in.split(max(len(b.x), 1))
-    ops.langevin_step(b.x, F, copies[0], seeds, *tables, b.row, norms)
+    ops.langevin_step(b.x, F, copies[0], seeds, table, draws, b.row, norms)
     for other in copies[1:]:
         other.copy_(copies[0])
 

@@ -1,6 +1,10 @@
 """The `fastdiff` command as a person uses it: what it prints, writes and refuses."""
 
+import re
+import subprocess
 import sys
+import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,7 +13,7 @@ from PIL import Image
 
 import fastdiff
 from fastdiff import cli
-from fastdiff.images import read_metadata
+from fastdiff.images import read_metadata, to_uint8
 from fastdiff.info import versions
 from fastdiff.model import Model
 from fastdiff.samplers import SAMPLERS
@@ -69,7 +73,7 @@ def test_sample_writes_a_grid_that_can_be_repeated(fastdiff_command, checkpoint)
         assert f"op      {op}: {fastdiff.ops.implementations()[op]['cpu'].name}" in out
     stored = read_metadata("a.png")
     assert len(stored["request"]["seeds"]) == 6
-    assert stored["plan"]["nfe"] == 5 and stored["plan"]["sampler"] == "heun"
+    assert stored["plan"]["nfe"] == 5 and stored["plan"]["sampler"] == "unipc"
     assert stored["model_hash"] == fastdiff.load(checkpoint).hash()
     assert stored["versions"]["torch"] == versions()["torch"]
     assert fastdiff_command("sample", "--like", "a.png", "--out", "b.png")[0] == 0
@@ -107,7 +111,7 @@ def test_seeds_labels_and_options_reach_the_sampler(fastdiff_command, checkpoint
         (("--seeds", str(2**64)), "out of range"),
         (("--n", 0), "n: 0"),
         (("--n", 2, "--seeds", "1"), "leave one of them out"),
-        (("--sampler", "foo"), "auto or one of consistency"),
+        (("--sampler", "foo"), "auto or one of analytic-ddpm"),
         (("--times", "80,90", "--sampler", "ddim"), "outside EDM's range"),
         (("--dtype", "int8"), "use one of float32"),
         (("--like", "absent.png"), "absent.png is no file"),
@@ -178,6 +182,61 @@ def test_train_refuses_a_misspelt_preset_and_missing_data(fastdiff_command):
     assert "no MNIST in" in fastdiff_command("train", "--preset", "mnist-edm", "--data", ".", "--out", "r")[2]
     assert "--init" in fastdiff_command("train", "--preset", "mnist-ect", "--data", ".", "--out", "r")[2]
     assert "images: -1" in fastdiff_command("train", "--preset", "mnist-edm", "--data", ".", "--out", "r", "--images", -1)[2]
+
+
+def files(folder):
+    return {path.name: path.read_bytes() for path in Path(folder).iterdir()}
+
+
+def test_folder_of_images(fastdiff_command, checkpoint):
+    """A file for each seed, the image itself; the same command again writes what is missing and nothing else."""
+    request = ("sample", checkpoint, "--nfe", 2, "--sampler", "euler", "--seeds", "0-6,1000000", "--batch-size", 3)
+    status, out, _ = fastdiff_command(*request, "--out", "all")
+    assert status == 0 and "all: 8 images written, 0 there already" in out
+    whole = files("all")
+    assert sorted(whole) == ["000000.png", *[f"00000{i}.png" for i in range(1, 7)], "1000000.png", "request.json"]
+    expected = fastdiff.sample(checkpoint, 2, seeds=[5], sampler="euler")
+    assert np.array_equal(pixels("all/000005.png"), to_uint8(expected)[0, :, :, 0])
+    for name in ("000002.png", "000006.png"):
+        Path("all", name).unlink()
+    old = {name: Path("all", name).stat().st_mtime_ns for name in files("all")}
+    assert "all: 2 images written, 6 there already" in fastdiff_command(*request, "--out", "all")[1]
+    assert files("all") == whole and all(Path("all", name).stat().st_mtime_ns == t for name, t in old.items())
+    more = (*request[:-3], "0-9", *request[-2:])
+    assert "all: 3 images written, 7 there already" in fastdiff_command(*more, "--out", "all")[1]
+    status, _, err = fastdiff_command(*request[:3], 1, *request[4:], "--out", "all")
+    assert status == 2 and "all holds images of another request (nfe differ)" in err
+
+
+def test_folder_by_several_processes(fastdiff_command, checkpoint, monkeypatch):
+    """Ranks write disjoint batches, together what one process writes, byte for byte."""
+    request = ("sample", checkpoint, "--nfe", 2, "--seeds", "10-22", "--batch-size", 4)
+    fastdiff_command(*request, "--out", "one")
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    counts = []
+    for rank in (2, 0, 1):
+        monkeypatch.setenv("RANK", str(rank))
+        out = fastdiff_command(*request, "--out", "three")[1]
+        counts.append(int(re.search(r"(\d+) images? written", out)[1]))
+    assert counts == [4, 5, 4] and files("three") == files("one")
+
+
+def test_killed_run_goes_on(checkpoint, tmp_path):
+    """kill -9 leaves whole files only; the same command then completes the folder, equal to an undisturbed one."""
+    arguments = ["sample", str(checkpoint), "--nfe", "2", "--seeds", "0-39", "--batch-size", "2"]
+    command = [sys.executable, "-m", "fastdiff", *arguments, "--out", str(tmp_path / "killed")]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while process.poll() is None and len(list((tmp_path / "killed").glob("0*.png"))) < 5 and time.monotonic() < deadline:
+        time.sleep(0.005)
+    process.kill()
+    process.wait()
+    begun = files(tmp_path / "killed")
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    after = {name: data for name, data in files(tmp_path / "killed").items() if not name.endswith(".part")}
+    assert len(after) == 41 and all(after[name] == data for name, data in begun.items() if not name.endswith(".part"))
+    subprocess.run([*command[:-1], str(tmp_path / "whole")], check=True, stdout=subprocess.DEVNULL)
+    assert after == files(tmp_path / "whole")
 
 
 def test_every_sampler_and_preset_is_named(fastdiff_command):

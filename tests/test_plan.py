@@ -11,7 +11,7 @@ from fastdiff import Plan, Prediction, ops, samplers
 from fastdiff.ops.denoise_step import C, K
 from fastdiff.plan import Row, execute
 from fastdiff.samplers import SAMPLERS
-from fastdiff.schedules import DDPM, EDM, VE, VP, Flow
+from fastdiff.schedules import DDPM, EDM, VE, VP, Flow, SubVP
 
 EPS, F = Prediction("eps"), Prediction("edm")
 T = DDPM()
@@ -217,6 +217,59 @@ def test_numpy_integers_count(name):
         ),
         (lambda: samplers.consistency(EDM(), F, 2, times=[80.0, math.nan]), ValueError, "times: nan lies outside"),
         (lambda: samplers.euler_maruyama(EDM(), F, 9), ValueError, "EDM has no SDE here; use VP, SubVP or VE"),
+        (
+            lambda: samplers.reverse_sde(VP(), EPS, 20),
+            ValueError,
+            "in 20 steps would have betas of 1 and more; use more than 20",
+        ),
+        (
+            lambda: samplers.reverse_sde(VP(), EPS, 7, corrector="ald"),
+            ValueError,
+            "2 evaluations in each step, not 7; use a mult",
+        ),
+        (lambda: samplers.reverse_sde(VE(), EPS, 8, corrector="mala"), ValueError, "corrector: 'mala' is not known"),
+        (lambda: samplers.reverse_sde(VE(), EPS, 8, norms="all"), ValueError, "norms: 'all' is not known; use 'sample'"),
+        (
+            lambda: samplers.reverse_sde(SubVP(), EPS, 80, predictor="ancestral"),
+            ValueError,
+            "use reverse-diffusion for SubVP",
+        ),
+        (lambda: samplers.unipc(VP(), EPS, 8, order=4), ValueError, "order: 4 is not known; use 1, 2 or 3"),
+        (
+            lambda: samplers.unipc(VP(), EPS, 8, estimate="eps", clip=True),
+            ValueError,
+            "clip: unipc combines estimates of the noise",
+        ),
+        (lambda: samplers.lms(VP(), EPS, 8, order=5), ValueError, "order: 5 is not known; use 1, 2, 3 or 4"),
+        (
+            lambda: samplers.dpm_solver_multi(VP(), EPS, 8, estimate="eps", eta=1.0),
+            ValueError,
+            "eta: noise is added to DPM-Sol",
+        ),
+        (lambda: samplers.dpm_solver_single(VP(), EPS, 8, inner="linear"), ValueError, "inner: 'linear' is not known"),
+        (
+            lambda: samplers.dpm_solver_single(VP(), EPS, 9, lower_order_final=False),
+            ValueError,
+            r"steps of order 3 alone make 3 N \+ 1 evaluations, not 9",
+        ),
+        (
+            lambda: samplers.midpoint(EDM(), F, 9, mean="harmonic"),
+            ValueError,
+            "mean: 'harmonic' is not known; use one of arith",
+        ),
+        (lambda: samplers.midpoint(EDM(), F, 9, mean="cubic"), ValueError, "midpoint makes 2 N evaluations .* not 9"),
+        (lambda: samplers.heun(EDM(), F, 9, to_zero=False), ValueError, "heun makes 2 N evaluations in N steps, not 9"),
+        (lambda: samplers.euler(EDM(), F, 9, variable="sigma"), ValueError, "variable: 'sigma' is not known"),
+        (lambda: samplers.euler(Flow(), F, 9, variable="time"), ValueError, "Flow has no SDE here"),
+        (lambda: samplers.euler(Flow(t_max=1.0), EPS, 2, times=[1.0, 0.5]), ValueError, "alpha is 0 at t = 1.0.*use ddim"),
+        (lambda: samplers.restart(EDM(), F, 44), ValueError, r"makes 8 \+ 2 N - 1 evaluations, not 44"),
+        (lambda: samplers.restart(EDM(), F, 43, intervals=((0.2, 0.1, 2, 1),)), ValueError, "need 0 < low < high"),
+        (lambda: samplers.ddpm(T, EPS, 25, sections=(10, 8, 8)), ValueError, "times: 26 given for nfe = 25"),
+        (lambda: samplers.ddpm(VP(), EPS, 9, sections=(9,)), ValueError, "sections: VP has no discrete steps"),
+        (lambda: samplers.fast_ddpm(VP(), EPS, 9), ValueError, "FastDPM shortens a DDPM chain, not VP"),
+        (lambda: samplers.watson(T, EPS, 9), ValueError, "mse: .* needed at each of the 1000 steps"),
+        (lambda: samplers.lcm(EDM(), F, 4), ValueError, "LCM's times are steps of a DDPM chain, not of EDM; give times"),
+        (lambda: samplers.euler_ancestral(EDM(), F, 4, eta=-1.0), ValueError, "eta: -1.0 is negative"),
         (lambda: samplers.heun(Flow(t_max=1.0), F, 9), ValueError, "ratio_min, ratio_max: .* from inf .*ratio_max=80"),
         (lambda: samplers.euler(EDM(), F, 9, ratio_max=0.001), ValueError, "ratio_min, ratio_max: .* 0.001 to 0.002"),
     ],

@@ -109,8 +109,8 @@ template <class A> void channel_maps(const GroupNormSilu& g, int64_t n, double* 
   channel_maps(g, n, 0, g.c, mean, rstd, table);
 }
 
-// ---- moments. Sums are of x - k, k the mean of all that went before rounded to float, so that no more than half of a sum of
-// squares is ever cancelled; with s = sum (x - k) and q = sum (x - k)^2 of n elements after `count` of mean mu, e = k - mu:
+// ---- moments. Sums are of x - k, k the mean of all that went before rounded to float, so that no more than half of a sum
+// of squares is ever cancelled; with s = sum (x - k) and q = sum (x - k)^2 of n elements after `count` of mean mu, e = k - mu:
 //     moved = s + n e,   mu += moved / total,   m2 += q + e (2 s + n e) - moved^2 / total,   total = count + n  (double)
 
 struct Moments {
@@ -214,11 +214,11 @@ template <class T> FD_INLINE void ahead(const T* p, int j) {
   if (j * bytes % 64 == 0) __builtin_prefetch(p + j * Simd<Acc<T>>::N);
 }
 
-// Sums of x - k and of its squares, of each of J vectors of channels over `rows` pixels, `stride` apart. A function of its own:
-// inlined into its surroundings, GCC keeps the sums on the stack.
+// Sums of x - k and of its squares, of each of J vectors of channels over `rows` pixels, `stride` apart. A function of its
+// own: inlined into its surroundings, GCC keeps the sums on the stack.
 template <int J, class T>
-__attribute__((noinline)) void sums_around(const T* x, int64_t stride, int64_t rows, int some, const Acc<T>* k, Acc<T>* s_out,
-                                           Acc<T>* q_out) {
+__attribute__((noinline)) void sums_around(const T* x, int64_t stride, int64_t rows, int some, const Acc<T>* k,
+                                           Acc<T>* s_out, Acc<T>* q_out) {
   typedef Vec<Acc<T>> V;
   constexpr int N = Simd<Acc<T>>::N, M = J ? J : 1;
   V s[M] = {}, q[M] = {}, center[M];

@@ -114,8 +114,8 @@ template <class T, bool silu> void rows(const GroupNormSilu& g) {
   const auto second = [&](char* memory, int64_t n, int64_t begin, int64_t end) {
     apply_rows<T, silu>(g, {memory + table_at, g.c}, n, begin, end);
   };
-  run_stages({g.n, g.c * g.s, table_at + ChannelTable<A>::bytes(g.c), g.given_stats ? 0 : pieces * blocks, g.s}, first, finish,
-             second);
+  const int64_t items = g.given_stats ? 0 : pieces * blocks;
+  run_stages({g.n, g.c * g.s, table_at + ChannelTable<A>::bytes(g.c), items, g.s}, first, finish, second);
 }
 
 template <class T> void run_forward(const GroupNormSilu& a) {

@@ -111,8 +111,8 @@ FD_INLINE vd exponential(vd x) {
   return x;
 }
 
-// 1 + exp(-s), from 1 to infinity; NaN passes through. On AVX-512 2^t is cheaper: t rounded, a minimax polynomial of degree 5
-// (relative error 1.5e-7) or, rough, 4 (2.6e-6) for the rest, scaled without a clamp above; the one below keeps s = infinity.
+// 1 + exp(-s), from 1 to infinity; NaN passes through. On AVX-512 2^t is cheaper: t rounded, a minimax polynomial of degree
+// 5 (relative error 1.5e-7) or, rough, 4 (2.6e-6) for the rest, scaled without a clamp above; the one below keeps s = infinity.
 template <bool rough = false> FD_INLINE vf inverse_sigmoid(vf s) {
 #if FASTDIFF_LEVEL >= 2
   const vf t = _mm512_max_ps(splat<vf>(-126.0f), s * -1.44269504088896341f);
@@ -225,7 +225,8 @@ template <class T> FD_INLINE Vec<Acc<T>> load_some(const T* p, int n, Acc<T> fil
 #if FASTDIFF_LEVEL >= 2
   const __mmask16 first = (1u << n) - 1;
   if constexpr (std::is_same_v<T, float>) return _mm512_mask_loadu_ps(splat<vf>(fill), first, p);
-  if constexpr (sizeof(T) == 2) return _mm512_mask_blend_ps(first, splat<vf>(fill), from_half(_mm256_maskz_loadu_epi16(first, p), T{}));
+  if constexpr (sizeof(T) == 2)
+    return _mm512_mask_blend_ps(first, splat<vf>(fill), from_half(_mm256_maskz_loadu_epi16(first, p), T{}));
 #elif FASTDIFF_LEVEL == 1
   if constexpr (std::is_same_v<T, float>) {
     const vi within = vi{0, 1, 2, 3, 4, 5, 6, 7} < n;

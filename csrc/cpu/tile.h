@@ -61,6 +61,8 @@ template <int C, class S> void join_pixels(S* __restrict p, int64_t n, const S* 
 #pragma GCC unroll 4
     for (int c = 0; c < C; ++c) p[i * C + c] = in[c * n + i];
 }
+// What GCC shuffles: it does not vectorise copies of structures.
+template <class S> using Bits = std::conditional_t<sizeof(S) == 2, uint16_t, S>;
 // f(integral constant C) where the tensor is of such pixels with 2, 3 or 4 channels.
 template <class F> bool with_pixels(const View& v, const Tiling& t, F&& f) {
   if (v.c != 1 || v.s != t.channels) return false;
@@ -81,7 +83,7 @@ template <class S> const S* read_tile(const View& v, const Tiling& t, int64_t n,
   with_dtype(v.dtype, [&](auto type) {
     typedef decltype(type) T;
     if constexpr (std::is_same_v<S, T>)
-      if (with_pixels(v, t, [&](auto c) { split_pixels<c.value>(v.at<const T>(n, 0, first), length, scratch); })) return;
+      if (with_pixels(v, t, [&](auto c) { split_pixels<c.value>(v.at<const Bits<T>>(n, 0, first), length, reinterpret_cast<Bits<T>*>(scratch)); })) return;
     for (int64_t c = 0; c < t.channels; ++c) read_run(v.at<const T>(n, c, first), v.s, length, scratch + c * length);
   });
   return scratch;
@@ -91,7 +93,7 @@ template <class S> void write_tile(const View& v, const Tiling& t, int64_t n, in
   with_dtype(v.dtype, [&](auto type) {
     typedef decltype(type) T;
     if constexpr (std::is_same_v<S, T>)
-      if (with_pixels(v, t, [&](auto c) { join_pixels<c.value>(v.at<T>(n, 0, first), length, in); })) return;
+      if (with_pixels(v, t, [&](auto c) { join_pixels<c.value>(v.at<Bits<T>>(n, 0, first), length, reinterpret_cast<const Bits<T>*>(in)); })) return;
     for (int64_t c = 0; c < t.channels; ++c) write_run(v.at<T>(n, c, first), v.s, length, in + c * length);
   });
 }

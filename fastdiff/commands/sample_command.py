@@ -9,9 +9,10 @@ from typing import Any
 import torch
 import typer
 
+from fastdiff.commands import folder
 from fastdiff.images import read_metadata, save_grid
 from fastdiff.info import versions
-from fastdiff.model import packaged
+from fastdiff.model import load, packaged
 from fastdiff.ops import implementations
 from fastdiff.sample import Samples
 from fastdiff.sample import run as draw
@@ -54,8 +55,12 @@ def run(
         request["labels"] = None
     if request["dtype"] not in DTYPES:
         raise ValueError(f"dtype: {request['dtype']!r} is not supported; use one of {', '.join(DTYPES)}")
-    check_writable(out)
     options: dict[str, Any] = {} if request["times"] is None else {"times": request["times"]}
+    if given["seeds"] is not None and (out.is_dir() or not out.suffix):
+        source = packaged(request["nfe"]) if request["model"] is None else request["model"]
+        request |= {"device": device, "dtype": DTYPES[request["dtype"]]}
+        return folder.write(load(source), request, out, batch_size, options)
+    check_writable(out)
     result = draw(
         request["model"],
         request["nfe"],
@@ -98,7 +103,7 @@ def parse_numbers(text: str, kind: type, name: str) -> list[Any]:
 def check_writable(out: Path) -> None:
     """Refuse, before any work, a place where nothing can be written."""
     if out.is_dir():
-        raise ValueError(f"out: {out} is a folder; give the name of a PNG file in it")
+        raise ValueError(f"out: {out} is a folder; give the name of a PNG file in it, or --seeds for a file of each image")
     if out.suffix.lower() != ".png":
         raise ValueError(f"out: {out} does not end in .png; images are written as PNG")
     if not out.parent.is_dir():

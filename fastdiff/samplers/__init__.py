@@ -9,6 +9,7 @@ from fastdiff.samplers.dpm_solver import dpm_solver_multi, dpm_solver_single
 from fastdiff.samplers.multistep import deis, ipndm, lms, pndm
 from fastdiff.samplers.ode import euler, heun, midpoint
 from fastdiff.samplers.restart import restart
+from fastdiff.samplers.rk45 import rk45
 from fastdiff.samplers.sde import euler_maruyama, reverse_sde
 from fastdiff.samplers.search import search_times
 from fastdiff.samplers.unipc import unipc
@@ -39,6 +40,7 @@ __all__ = [
     "progressive",
     "restart",
     "reverse_sde",
+    "rk45",
     "search_times",
     "two_stage_ancestral",
     "unipc",

@@ -5,6 +5,7 @@ sigma(s) = sigma_min (sigma_max / sigma_min)^s from 1 to 1e-5; there are N even 
 """
 
 import dataclasses
+import math
 
 import numpy as np
 
@@ -125,6 +126,11 @@ def reverse_sde(
     if norms not in ("sample", "batch"):
         raise ValueError(f"norms: {norms!r} is not known; use 'sample', or 'batch' for the original's averages")
     n = nfe // each
+    chained = corrector is not None or predictor != "euler-maruyama"
+    if chained and isinstance(schedule, VP) and n <= schedule.beta_1:
+        raise ValueError(
+            f"nfe: {name} in {n} steps would have betas of 1 and more; use more than {math.floor(schedule.beta_1) * each}"
+        )
     update = update_of(schedule, n, predictor, probability_flow)
     recipe = Recipe(name, schedule, prediction, float(update.t[0]), clip=clip)
     x, draw = recipe.x, 0

@@ -49,8 +49,9 @@ def kernel_names(source: Path) -> list[str]:
 
 
 def threads(source: Path) -> dict[str, int]:
-    """kernel -> the threads of its __launch_bounds__, a number or a constant that the source sets to one; 0: it has none."""
-    text, found = source.read_text(), {}
+    """kernel -> the threads of its __launch_bounds__, a number or a constant that it or its headers set to one; 0: none."""
+    headers = source.parent.glob(f"{source.stem}*.h")
+    text, found = "\n".join(path.read_text() for path in (source, *headers)), {}
     for bounds, name in KERNEL.findall(text):
         bound = bounds.split(",")[0].strip()
         constant = re.search(rf"\b{bound}\s*=\s*(\d+)\s*;", text) if bound.isidentifier() else None

@@ -2,7 +2,9 @@
 
 import math
 import re
+import shutil
 import struct
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -20,6 +22,7 @@ from fastdiff.ops.philox_normal import (
     seed_tensor,
 )
 
+ROOT = Path(__file__).parents[2]
 PAGE = (Path(__file__).parents[2] / "docs" / "noise.md").read_text()
 
 
@@ -75,3 +78,17 @@ def test_range():
     edges = torch.cat([torch.arange(2**17), torch.arange(2**31 - 2**16, 2**31 + 2**16), torch.arange(2**32 - 2**17, 2**32)])
     z = torch.stack(box_muller(edges, torch.zeros_like(edges)))[0].abs()
     assert not z.isnan().any() and z.max() == top and int((z == 0).sum()) == 128
+
+
+@pytest.mark.slow
+def test_no_squared_radius_is_negative(tmp_path):
+    """All 2^32 first words, in C++: none below zero or NaN, 128 zeros, the largest as on the page. So no kernel clamps."""
+    if (compiler := shutil.which("g++")) is None:
+        pytest.skip("g++ is not here")
+    source, program = Path(__file__).with_name("radius.cpp"), tmp_path / "radius"
+    flags = ["-std=c++17", "-O3", "-march=native", "-ffp-contract=off", "-fno-trapping-math"]
+    subprocess.run([compiler, *flags, f"-I{ROOT / 'csrc'}", source, "-o", program], check=True)
+    told = subprocess.run([program], capture_output=True, text=True, check=True).stdout.split()
+    largest = struct.unpack("<f", struct.pack("<I", int(told[2], 16)))[0]
+    assert told[:2] == ["0", "128"]
+    assert float(torch.tensor(largest).double().sqrt().float()) == float.fromhex("0x1.b0e08ep+2")

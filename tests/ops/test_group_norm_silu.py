@@ -129,7 +129,8 @@ def test_images_far_from_zero(isa, mean, std, channels_last, with_add):
         *double([x, one, zero]), 8, 0.0, None if add is None else add.double(), None, None, None, True
     )
     (m, v), (exact_m, exact_v), eps = stats.double().unbind(-1), exact.unbind(-1), torch.finfo(torch.float32).eps
-    assert ((m - exact_m).abs() <= eps * exact_m.abs().clamp_min(std)).all()
+    # With add, channels lie apart, and float32 sums around the first guess of a mean drift further.
+    assert ((m - exact_m).abs() <= (1 + with_add) * eps * torch.maximum(exact_m.abs(), exact_v.sqrt())).all()
     # Float32 sums of up to 128 squares a lane, merged in double: sqrt(128) eps / 2, and something for luck.
     assert ((v - exact_v).abs() <= 16 * eps * exact_v).all(), ((v - exact_v) / exact_v).abs().max()
     # The values that reach us are float32: normalising magnifies nothing, for x - mean is exact near the mean.

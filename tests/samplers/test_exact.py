@@ -204,7 +204,7 @@ def test_predictor_corrector(schedule, options, bias, make_mixture, replay, phil
     x = fastdiff.sample(model, nfe, seeds=SEEDS, **request).double()
     assert abs(x.mean() - MU) <= 4 * STD / math.sqrt(N) + bias * STD
     assert abs(x.std() / STD - 1) <= 4 / math.sqrt(2 * N) + bias
-    short, seeds = 12, fastdiff.ops.seed_tensor([5, 6, 7])
+    short, seeds = 66, fastdiff.ops.seed_tensor([5, 6, 7])
     plan = fastdiff.make_plan(model, short, "predictor-corrector", **options)
     by_hand = replay(plan, data, fastdiff.ops.philox_normal(seeds, 0, SHAPE), philox(seeds, SHAPE))
     got = fastdiff.sample(model, short, seeds=[5, 6, 7], **request)
@@ -213,6 +213,6 @@ def test_predictor_corrector(schedule, options, bias, make_mixture, replay, phil
     given = [z.double() for z in (philox(seeds, SHAPE)(k) for k in range(plan.draws))]
     start = fastdiff.ops.philox_normal(seeds, 0, SHAPE)
     exact = fastdiff.sample(model, short, noise=[start, *given], dtype=torch.float64, **request)
-    assert (exact - by_hand).abs().max() <= 1e-6  # the network here answers in float32
+    assert (exact - by_hand).abs().max() <= 1e-5  # the network here answers in float32
     one = fastdiff.sample(model, short, seeds=[6], **request)
     assert ((one[0] - got[1]).abs().max() <= 1e-5) == (options.get("norms") != "batch")

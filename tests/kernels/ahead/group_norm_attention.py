@@ -4,18 +4,16 @@ from fastdiff.kernels.group_norm_attention import group_norm_attention
 
 ARCHITECTURES = (80, 90, 100)
 NOISE = False
-COPIED = "operands come by asynchronous 128-bit copies to shared memory, LDGSTS"
-AFTER = "its 128-bit stores come after the loop"
 NARROW = {
     "_partial stores": "it writes three statistics a group",
     "_statistics loads": "three statistics a group and chunk",
     "_statistics stores": "two statistics a group",
-    "_project_in loads": COPIED,
-    "_project_in stores": AFTER,
-    "_attend loads": COPIED,
-    "_attend stores": AFTER,
-    "_project_out loads": COPIED,
-    "_project_out stores": AFTER,
+    "_project_in loads": "asynchronous 128-bit copies to shared memory, LDGSTS",
+    "_project_in stores": "128 bits wide, after the loop",
+    "_attend loads": "asynchronous 128-bit copies to shared memory, LDGSTS",
+    "_attend stores": "128 bits wide, after the loop",
+    "_project_out loads": "asynchronous 128-bit copies to shared memory, LDGSTS",
+    "_project_out stores": "128 bits wide, after the loop",
 }
 
 
