@@ -174,8 +174,12 @@ class DeviceCoefficients:
 
     @staticmethod
     def know(schedule: Schedule, prediction: Prediction) -> bool:
-        """Whether the op has this path: a user's own Schedule and a network trained on another path are left to the host."""
-        return type(schedule) in LAWS and prediction.trained is None and prediction.kind != "ve"
+        """Whether the op has this path.
+
+        A user's own Schedule, a network trained on another path, VE's convention and a scaled ln(sigma) are the host's.
+        """
+        scaled = prediction.kind in ("edm", "consistency") and prediction.time_scale != 1
+        return type(schedule) in LAWS and prediction.trained is None and prediction.kind != "ve" and not scaled
 
     def __init__(self, schedule: Schedule, prediction: Prediction):
         if not self.know(schedule, prediction):

@@ -293,4 +293,6 @@ class FourierEmbedding(nn.Module):
         self.register_buffer("frequencies", nn.init.normal_(torch.empty(channels // 2), std=scale))
 
     def forward(self, c_noise: Tensor) -> Tensor:
-        return ops.embedding(c_noise, self.frequencies, scale=2 * math.pi)
+        # Angles rounded to float32 as in training: they reach 1000 radians, and exact ones move NCSN++'s output by 1e-5.
+        angle = torch.outer(c_noise, 2 * math.pi * self.frequencies.to(c_noise.dtype))
+        return torch.cat((angle.sin(), angle.cos()), dim=1)
