@@ -98,13 +98,16 @@ class GroupNormSiLU(nn.Module):
 
 
 class Attention(nn.Module):
-    """Self-attention over the pixels: (x + proj(softmax(q k^T / sqrt(d)) v)) skip_scale, q, k, v from GroupNorm(x)."""
+    """Self-attention over the pixels: (x + proj(softmax(q k^T / sqrt(d)) v)) skip_scale, q, k, v from GroupNorm(x).
 
-    def __init__(self, channels: int, heads: int, groups: int, eps: float, skip_scale: float):
+    normed=False: from x itself.
+    """
+
+    def __init__(self, channels: int, heads: int, groups: int, eps: float, skip_scale: float, normed: bool = True):
         super().__init__()
         if channels % heads:
             raise ValueError(f"heads: {heads} heads do not divide {channels} channels; change UNetConfig.heads")
-        self.norm = GroupNormSiLU(channels, groups, eps, silu=False)
+        self.norm = GroupNormSiLU(channels, groups, eps, silu=False) if normed else nn.Identity()
         self.qkv = Conv2d(channels, 3 * channels, kernel=1)
         self.proj = Conv2d(channels, channels, kernel=1, gain=0)
         self.heads, self.skip_scale = heads, skip_scale
@@ -156,7 +159,7 @@ class ResBlock(nn.Module):
     ("scale_shift", Improved DDPM and ADM).
     """
 
-    def __init__(self, inputs: int, outputs: int, config, attention: bool = False, change: str = ""):
+    def __init__(self, inputs: int, outputs: int, config, attention: bool = False, change: str = "", normed: bool = True):
         super().__init__()
         eps, groups = config.eps, config.groups_of
         self.change, self.conditioning, self.skip_scale = change, config.conditioning, config.skip_scale
@@ -171,7 +174,8 @@ class ResBlock(nn.Module):
         self.skip = Conv2d(inputs, outputs, kernel=1) if project else None
         heads = config.heads_of(outputs)
         attention = attention and heads > 0
-        self.attention = Attention(outputs, heads, groups(outputs), eps, self.skip_scale) if attention else None
+        kind = (outputs, heads, groups(outputs), eps, self.skip_scale, normed)
+        self.attention = Attention(*kind) if attention else None
 
     def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
         h = self.conv0(self.resample(self.norm0(x)))
