@@ -98,13 +98,16 @@ class GroupNormSiLU(nn.Module):
 
 
 class Attention(nn.Module):
-    """Self-attention over the pixels: (x + proj(softmax(q k^T / sqrt(d)) v)) skip_scale, q, k, v from GroupNorm(x)."""
+    """Self-attention over the pixels: (x + proj(softmax(q k^T / sqrt(d)) v)) skip_scale, q, k, v from GroupNorm(x).
 
-    def __init__(self, channels: int, heads: int, groups: int, eps: float, skip_scale: float):
+    normed=False: from x itself.
+    """
+
+    def __init__(self, channels: int, heads: int, groups: int, eps: float, skip_scale: float, normed: bool = True):
         super().__init__()
         if channels % heads:
             raise ValueError(f"heads: {heads} heads do not divide {channels} channels; change UNetConfig.heads")
-        self.norm = GroupNormSiLU(channels, groups, eps, silu=False)
+        self.norm = GroupNormSiLU(channels, groups, eps, silu=False) if normed else nn.Identity()
         self.qkv = Conv2d(channels, 3 * channels, kernel=1)
         self.proj = Conv2d(channels, channels, kernel=1, gain=0)
         self.heads, self.skip_scale = heads, skip_scale
@@ -116,19 +119,6 @@ class Attention(nn.Module):
         y = functional.scaled_dot_product_attention(q, k, v)
         y = self.proj(y.transpose(-1, -2).reshape(b, c, h, w))
         return (x + y) * self.skip_scale
-
-
-def fir(x: Tensor, taps: Tensor, up: int = 1, down: int = 1, pad: tuple[int, int] = (0, 0)) -> Tensor:
-    """Per axis: up - 1 zeros after each pixel, p0 and p1 zeros around, convolution with taps [T], every down-th value."""
-    b, c, h, w = x.shape
-    if up > 1:
-        x = functional.pad(x.reshape(b, c, h, 1, w, 1), (0, up - 1, 0, 0, 0, up - 1)).reshape(b, c, h * up, w * up)
-    x = functional.pad(x, (*pad, *pad))
-    taps = taps.to(x.dtype).flip(0)
-    for dim in (2, 3):
-        windows = x.unfold(dim, len(taps), down).unbind(-1)
-        x = sum((w * t for w, t in zip(windows[1:], taps[1:], strict=True)), windows[0] * taps[0])
-    return x
 
 
 class Resample(nn.Module):
@@ -152,14 +142,11 @@ class Resample(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if not self.change:
             return x
-        over = len(self.filter) - 2
-        if self.change == "down":
-            if self.box:
-                return functional.avg_pool2d(x, 2)
-            return fir(x, self.taps, down=2, pad=((over + 1) // 2, over // 2))
         if self.box:
-            return functional.interpolate(x, scale_factor=2, mode="nearest")
-        return fir(x, self.taps, up=2, pad=((over + 1) // 2 + 1, over // 2))
+            halve = self.change == "down"
+            return functional.avg_pool2d(x, 2) if halve else functional.interpolate(x, scale_factor=2, mode="nearest")
+        up, down = (1, 2) if self.change == "down" else (2, 1)
+        return ops.resample(x, self.taps, up, down, ops.resample_pads(len(self.filter), up, down))
 
     def extra_repr(self) -> str:
         return f"{self.change or 'nothing'}, filter={self.filter}"
@@ -172,7 +159,7 @@ class ResBlock(nn.Module):
     ("scale_shift", Improved DDPM and ADM).
     """
 
-    def __init__(self, inputs: int, outputs: int, config, attention: bool = False, change: str = ""):
+    def __init__(self, inputs: int, outputs: int, config, attention: bool = False, change: str = "", normed: bool = True):
         super().__init__()
         eps, groups = config.eps, config.groups_of
         self.change, self.conditioning, self.skip_scale = change, config.conditioning, config.skip_scale
@@ -187,7 +174,8 @@ class ResBlock(nn.Module):
         self.skip = Conv2d(inputs, outputs, kernel=1) if project else None
         heads = config.heads_of(outputs)
         attention = attention and heads > 0
-        self.attention = Attention(outputs, heads, groups(outputs), eps, self.skip_scale) if attention else None
+        kind = (outputs, heads, groups(outputs), eps, self.skip_scale, normed)
+        self.attention = Attention(*kind) if attention else None
 
     def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
         h = self.conv0(self.resample(self.norm0(x)))
@@ -257,8 +245,8 @@ class ResidualPyramid(nn.Module):
 
     def forward(self, image: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
         # Filter and convolution see zeros around the image only once: they are one convolution, of stride 2.
-        pad = (len(self.resample.filter) + 1) // 2
-        image = self.conv(fir(image, self.resample.taps, pad=(pad, pad)))
+        pad = ops.resample_pads(len(self.resample.filter), down=2, kernel=3)
+        image = self.conv(ops.resample(image, self.resample.taps, pad=pad))
         x = (x + image) * self.skip_scale
         return x, x
 
@@ -309,4 +297,6 @@ class FourierEmbedding(nn.Module):
         self.register_buffer("frequencies", nn.init.normal_(torch.empty(channels // 2), std=scale))
 
     def forward(self, c_noise: Tensor) -> Tensor:
-        return ops.embedding(c_noise, self.frequencies, scale=2 * math.pi)
+        # Angles rounded to float32 as in training: they reach 1000 radians, and exact ones move NCSN++'s output by 1e-5.
+        angle = torch.outer(c_noise, 2 * math.pi * self.frequencies.to(c_noise.dtype))
+        return torch.cat((angle.sin(), angle.cos()), dim=1)

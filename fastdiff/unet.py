@@ -51,7 +51,7 @@ class UNetConfig:
     embedding_multiplier: int = 4  # width of the embedding, in units of `channels`
     labels: int = 0  # number of classes; 0: unconditional
     heads: int = 1  # attention heads where head_channels is 0
-    attention_middle: bool = True
+    attention_middle: str = "norm"  # "bare": it sees its input as it is (diffusers with scale_shift); "none"
     filter: tuple[float, ...] = (1, 1)  # of resampling blocks and pyramids
     input_pyramid: str = "none"  # the image enters each level: "skip", "residual"
     output_pyramid: str = "none"  # "skip": each level adds to the output
@@ -108,6 +108,7 @@ class UNetConfig:
             "resampling": ("conv", "conv_end", "block"),
             "embedding": ("positional", "fourier"),
             "attention_up": ("all", "last"),
+            "attention_middle": ("norm", "bare", "none"),
             "input_pyramid": ("none", "skip", "residual"),
             "output_pyramid": ("none", "skip"),
         }
@@ -215,7 +216,13 @@ class UNet(nn.Module):
         skips = self._build_down(channels)
         self.middle = nn.ModuleList(
             [
-                ResBlock(channels[-1], channels[-1], config, attention=config.attention_middle),
+                ResBlock(
+                    channels[-1],
+                    channels[-1],
+                    config,
+                    attention=config.attention_middle != "none",
+                    normed=config.attention_middle == "norm",
+                ),
                 ResBlock(channels[-1], channels[-1], config),
             ]
         )

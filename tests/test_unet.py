@@ -31,6 +31,7 @@ VARIANTS = {
     "ncsnpp": UNetConfig.ncsnpp(**SMALL, label_input=True, labels=3, augment=2),
     "ncsnpp-skip": UNetConfig.ncsnpp(**SMALL, input_pyramid="skip", output_pyramid="skip"),
     "wide-time": dataclasses.replace(TINY, channels=4, multipliers=(2, 4), time_multiplier=2, heads=2, frequency_shift=0),
+    "bare-middle": dataclasses.replace(TINY, attention_middle="bare"),
     "tf-padding": dataclasses.replace(TINY, resampling="conv_end"),
 }
 
@@ -144,7 +145,7 @@ def test_heads_and_narrow_blocks():
     net = UNet(config)
     assert net.down[0].attention is None and net.down[2].attention.heads == 1
     assert UNet(dataclasses.replace(config, head_channels=32)).middle[0].attention is None
-    assert UNet(dataclasses.replace(TINY, attention_middle=False)).middle[0].attention is None
+    assert UNet(dataclasses.replace(TINY, attention_middle="none")).middle[0].attention is None
 
 
 def test_description_leaves_out_younger_defaults():
@@ -274,6 +275,7 @@ def test_labels_required_or_refused():
         ({"embedding": "learned"}, "UNetConfig.embedding: 'learned'"),
         ({"attention_up": "none"}, "UNetConfig.attention_up: 'none'"),
         ({"input_pyramid": "residue"}, "UNetConfig.input_pyramid: 'residue'"),
+        ({"attention_middle": True}, "UNetConfig.attention_middle: True is not known"),
         ({"output_pyramid": "residual"}, "UNetConfig.output_pyramid: 'residual'"),
         ({"filter": (1, 2, 1)}, r"UNetConfig.filter: \(1, 2, 1\) is not even in length"),
         ({"filter": (1, 2)}, r"UNetConfig.filter: \(1, 2\) is not even in length and symmetric"),

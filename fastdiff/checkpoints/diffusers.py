@@ -84,6 +84,8 @@ def _shared(v: Mapping[str, Any], down: list[bool], up: list[bool]) -> dict[str,
     require(len(up) == len(down) == len(v["block_out_channels"]), "config: as many up and down blocks as block_out_channels")
     require(down == up[::-1], "config: attention on other levels on the way up than on the way down is not read")
     size, channels = v["sample_size"], v["block_out_channels"]
+    if isinstance(size, (tuple, list)) and len(set(size)) == 1:
+        size = size[0]
     require(isinstance(size, int), f"config: sample_size {size!r} is not read; give the height and width as one number")
     dimension = v["time_embedding_dim"] or 4 * channels[0]
     require(dimension % channels[0] == 0, f"config: time_embedding_dim {dimension} is no multiple of {channels[0]}")
@@ -97,7 +99,7 @@ def _shared(v: Mapping[str, Any], down: list[bool], up: list[bool]) -> dict[str,
         "multipliers": tuple(c / channels[0] if c % channels[0] else c // channels[0] for c in channels),
         "blocks": v["layers_per_block"],
         "attention": tuple(size >> i for i, here in enumerate(down) if here),
-        "attention_middle": v["add_attention"],
+        "attention_middle": _middle(v),
         "head_channels": v["attention_head_dim"] or 0,
         "dropout": v["dropout"],
         "eps": v["norm_eps"],
@@ -113,15 +115,18 @@ def _architecture(v: Mapping[str, Any]) -> UNetConfig:
     groups = v["norm_num_groups"]
     require(isinstance(groups, int), f"config: norm_num_groups {groups!r} is not read with these blocks")
     require(v["attn_norm_num_groups"] in (None, groups), "config: attn_norm_num_groups must be norm_num_groups to be read")
-    require(
-        v["attn_norm_num_groups"] or v["resnet_time_scale_shift"] == "default" or not v["add_attention"],
-        "config: scale_shift without attn_norm_num_groups leaves the middle attention without its norm; it is not read",
-    )
     require(v["mid_block_scale_factor"] == 1, "config: mid_block_scale_factor is read as 1 only with these blocks")
     require(
         v["time_embedding_type"] == "positional", f"config: time_embedding_type {v['time_embedding_type']!r} is not read"
     )
     return UNetConfig(**_shared(v, down, up), groups=groups, resampling=_resampling(v), frequency_shift=v["freq_shift"])
+
+
+def _middle(v: Mapping[str, Any]) -> str:
+    """The attention in the middle; scale_shift without attn_norm_num_groups leaves it without its norm."""
+    if not v["add_attention"]:
+        return "none"
+    return "norm" if v["attn_norm_num_groups"] or v["resnet_time_scale_shift"] == "default" else "bare"
 
 
 def _resampling(v: Mapping[str, Any]) -> str:
@@ -145,7 +150,6 @@ def _ncsn(v: Mapping[str, Any]) -> UNetConfig:
     scale = v["mid_block_scale_factor"]
     require(abs(scale - math.sqrt(2)) < 1e-3, f"config: mid_block_scale_factor {scale} is not read with these blocks")
     require(v["norm_num_groups"] is None, "config: norm_num_groups must be None with these blocks")
-    require(not v["center_input_sample"], "config: center_input_sample is not read")
     return UNetConfig(
         **_shared(v, down, up),
         group_channels=4,
@@ -166,7 +170,7 @@ def _layout(network: UNet, v: Mapping[str, Any], state: Mapping[str, Any]) -> La
     layout = Layout(ignored=r"^time_proj\.W$")
     layout.module("time0", "time_embedding.linear_1")
     layout.module("time1", "time_embedding.linear_2")
-    if v["flip_sin_to_cos"]:
+    if v["flip_sin_to_cos"] and not ncsn:  # Fourier features have their sines first whatever it says
         layout.tensor("time0.weight", "time_embedding.linear_1.weight", swap_halves)
     layout.tensor("time.frequencies", "time_proj.weight", lambda w: w)
     layout.module("label", "class_embedding")
@@ -221,12 +225,14 @@ def _layout(network: UNet, v: Mapping[str, Any], state: Mapping[str, Any]) -> La
 def _about(v: Mapping[str, Any], scheduler: Mapping[str, Any] | None) -> About:
     if v["time_embedding_type"] == "fourier":
         low, high = ((scheduler or {}).get(k, d) for k, d in (("sigma_min", 0.01), ("sigma_max", 1348.0)))
-        # Images lie in [0, 1]; at twice the level they lie in [-1, 1].
-        return About(VE(low, high), Prediction("ve"), convention=Convention(log_level=True, divided=True))
-    unit = Convention(unit_range=True) if v["center_input_sample"] else Convention()
+        # A network that centres its input knows images in [0, 1]; at twice the level they are images in [-1, 1].
+        unit = v["center_input_sample"]
+        k = 2.0 if unit else 1.0
+        convention = Convention(log_level=True, divided=True, unit_range=unit)
+        return About(VE(k * low, k * high), Prediction("ve", time_scale=1 / k), convention=convention)
     require(not v["center_input_sample"], "config: center_input_sample is not read")
     if scheduler is None:
-        return About(DDPM(), Prediction("eps"), convention=unit)
+        return About(DDPM(), Prediction("eps"))
     schedule, prediction, family = _scheduler(scheduler)
     return About(schedule, prediction, family, info={"scheduler": scheduler.get("_class_name", "")})
 
@@ -244,7 +250,7 @@ def _scheduler(s: Mapping[str, Any]) -> tuple[Schedule, Prediction, str]:
             "diffusion",
         )
     require("num_train_timesteps" in s and "beta_schedule" in s, f"scheduler: {name} is not read")
-    laws = {"linear": "linear", "squaredcos_cap_v2": "cosine"}
+    laws = {"linear": "linear", "scaled_linear": "scaled_linear", "squaredcos_cap_v2": "cosine"}
     law = s["beta_schedule"]
     require(law in laws, f"scheduler: beta_schedule {law!r} is not read, only {', '.join(laws)} are")
     require(s.get("trained_betas") is None, "scheduler: trained_betas are not read")

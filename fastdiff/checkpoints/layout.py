@@ -122,11 +122,11 @@ def heads(network: UNet, block: str) -> int:
 
 
 class _NoInitialisation(TorchFunctionMode):
-    """Weights stay blank: drawing them on the meta device costs 1.4 s of imports the first time."""
+    """Weights and frequencies stay blank: computing them on the meta device costs 1.4 s of imports the first time."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        if getattr(func, "__name__", "") in ("kaiming_uniform_", "uniform_", "normal_", "fill_", "zero_"):
+        if getattr(func, "__name__", "") in ("kaiming_uniform_", "uniform_", "normal_", "fill_", "zero_", "__rpow__"):
             return args[0] if args else kwargs["tensor"]
         return func(*args, **kwargs)
 
@@ -166,7 +166,7 @@ def fill(network: nn.Module, layout: Layout, state: dict[str, Any], where: str) 
         if value.shape != shape:
             shapes = " with ".join(str(list(state[n].shape)) for n in names)
             problems["of another shape"].append(f"{names[0]} {shapes} where {list(shape)} belongs")
-        elif not torch.isfinite(value).all():
+        elif not value.sum().isfinite() and not torch.isfinite(value).all():  # the sum alone may overflow
             bad = int((~torch.isfinite(value)).sum())
             problems["not finite"].append(f"{names[0]} ({bad} of {value.numel()} values)")
         else:
