@@ -7,7 +7,7 @@ images = fastdiff.sample(nfe=2, seeds=range(64))    # float32 [64, 1, 28, 28] in
 from fastdiff import ops, samplers, schedules
 from fastdiff.denoiser import Denoiser, Prediction
 from fastdiff.info import info
-from fastdiff.model import CheckpointError, Model, from_state_dict, load, wrap
+from fastdiff.model import CheckpointError, Model, from_state_dict, load, to_diffusers, wrap
 from fastdiff.plan import Plan
 from fastdiff.request import Guide, make_plan
 from fastdiff.sample import Samples, run, sample
@@ -34,5 +34,6 @@ __all__ = [
     "sample",
     "samplers",
     "schedules",
+    "to_diffusers",
     "wrap",
 ]

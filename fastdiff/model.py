@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from fastdiff import checkpoints, schedules
 from fastdiff.checkpoints import CheckpointError, Convention, files
+from fastdiff.checkpoints import to_diffusers as back
 from fastdiff.denoiser import Denoiser, Prediction
 from fastdiff.schedules import Schedule
 from fastdiff.unet import UNet, UNetConfig
@@ -227,6 +228,29 @@ def from_state_dict(
     """
     network, about = checkpoints.convert({**state}, family, class_name, config, "state: the weights")
     return imported(network, about)
+
+
+def to_diffusers(model: Model, folder: str | os.PathLike) -> None:
+    """Write the folder of a diffusers DDPMPipeline: its UNet2DModel and its scheduler.
+
+    Raises: FileExistsError; CheckpointError naming what UNet2DModel or DDPMScheduler cannot express.
+    """
+    if not isinstance(model.network, UNet):
+        raise TypeError(f"model: only a fastdiff.UNet becomes a UNet2DModel, this is a {type(model.network).__name__}")
+    config = back.config_of(model.network.config)
+    scheduler = back.scheduler_of(model.schedule, model.prediction)
+    state = back.state_of(model.network, config)
+    folder = Path(folder)
+    for part in ("unet", "scheduler"):
+        (folder / part).mkdir(parents=True)
+    save_file(state, folder / "unet" / "diffusion_pytorch_model.safetensors", metadata={"format": "pt"})
+    index = {
+        "_class_name": "DDPMPipeline",
+        "unet": ["diffusers", "UNet2DModel"],
+        "scheduler": ["diffusers", "DDPMScheduler"],
+    }
+    for name, value in (("unet/config", config), ("scheduler/scheduler_config", scheduler), ("model_index", index)):
+        (folder / f"{name}.json").write_text(json.dumps(value, indent=2))
 
 
 def imported(network: UNet, about: checkpoints.About) -> Model:

@@ -66,7 +66,7 @@ def read(state: Mapping[str, Any], class_name: str | None, config: dict[str, Any
     v = options(config, DEFAULTS, "UNet2DModel")
     ncsn = v["down_block_types"][0] in SKIP or v["time_embedding_type"] == "fourier"
     network = build(_ncsn(v) if ncsn else _architecture(v))
-    return network, _layout(network, v, state), _about(v, scheduler)
+    return network, names(network, v, state), _about(v, scheduler)
 
 
 def _levels(types: tuple[str, ...], known: Mapping[str, bool], what: str) -> list[bool]:
@@ -165,7 +165,8 @@ def _ncsn(v: Mapping[str, Any]) -> UNetConfig:
     )
 
 
-def _layout(network: UNet, v: Mapping[str, Any], state: Mapping[str, Any]) -> Layout:
+def names(network: UNet, v: Mapping[str, Any], state: Mapping[str, Any]) -> Layout:
+    """Where each of our tensors is; `state` tells whether attention has the names of before 2023."""
     ncsn = network.config.embedding == "fourier"
     layout = Layout(ignored=r"^time_proj\.W$")
     layout.module("time0", "time_embedding.linear_1")
@@ -178,8 +179,8 @@ def _layout(network: UNet, v: Mapping[str, Any], state: Mapping[str, Any]) -> La
     old = any(".attentions." in str(k) and str(k).endswith(".query.weight") for k in state)
 
     def attention(ours: str, theirs: str) -> None:
-        names = ("query", "key", "value", "proj_attn") if old else ("to_q", "to_k", "to_v", "to_out.0")
-        q, k, x, out = (f"{theirs}.{n}" for n in names)
+        own = ("query", "key", "value", "proj_attn") if old else ("to_q", "to_k", "to_v", "to_out.0")
+        q, k, x, out = (f"{theirs}.{n}" for n in own)
         layout.module(f"{ours}.norm", f"{theirs}.group_norm")
         layout.module(f"{ours}.proj", out)
         for leaf in ("weight", "bias"):

@@ -14,7 +14,7 @@ from torch.overrides import TorchFunctionMode
 from fastdiff.checkpoints.errors import CheckpointError
 from fastdiff.checkpoints.stored import Stored, Weight
 from fastdiff.denoiser import Prediction
-from fastdiff.nn import Attention, PositionalEmbedding, Resample
+from fastdiff.nn import Attention
 from fastdiff.schedules import Schedule
 from fastdiff.unet import UNet, UNetConfig
 
@@ -121,24 +121,23 @@ def heads(network: UNet, block: str) -> int:
     return attention.heads if isinstance(attention, Attention) else 0
 
 
-class _NoInitialisation(TorchFunctionMode):
-    """Weights and frequencies stay blank: computing them on the meta device costs 1.4 s of imports the first time."""
+class _WithoutWeights(TorchFunctionMode):
+    """On the meta device: weights are not drawn, and what no checkpoint holds, frequencies and filters, is computed as ever.
+
+    Arithmetic on that device would also import torch's compiler, 1.4 s.
+    """
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        if getattr(func, "__name__", "") in ("kaiming_uniform_", "uniform_", "normal_", "fill_", "zero_", "__rpow__"):
+        kwargs, name = kwargs or {}, getattr(func, "__name__", "")
+        if name in ("kaiming_uniform_", "uniform_", "normal_", "fill_", "zero_"):
             return args[0] if args else kwargs["tensor"]
-        return func(*args, **kwargs)
+        return func(*args, **(kwargs | {"device": "cpu"} if name in ("arange", "tensor") else kwargs))
 
 
 def build(config: UNetConfig) -> UNet:
     """The network without memory for its weights."""
-    with torch.device("meta"), _NoInitialisation():
-        network = UNet(config)
-    for module in network.modules():
-        if isinstance(module, (PositionalEmbedding, Resample)):
-            module.reset()  # what no checkpoint holds
-    return network
+    with torch.device("meta"), _WithoutWeights():
+        return UNet(config)
 
 
 def fill(network: nn.Module, layout: Layout, state: dict[str, Any], where: str) -> None:

@@ -111,3 +111,14 @@ def test_pipeline_folder(tmp_path):
     pipe.save_pretrained(tmp_path)
     assert fastdiff.load(tmp_path).hash() == fastdiff.load(pipe).hash()
     assert fastdiff.load(pipe).schedule.law == "cosine"
+
+
+@pytest.mark.parametrize("name", [n for n in CONFIGS if "ncsnpp" not in n])
+def test_back(name, tmp_path):
+    """to_diffusers: diffusers loads it and gives the same numbers."""
+    model = fastdiff.load(network(name))
+    fastdiff.to_diffusers(model, tmp_path / "p")
+    pipe = diffusers.DDPMPipeline.from_pretrained(tmp_path / "p")
+    x, labels = torch.randn(2, 3, 16, 16), torch.tensor([1, 3]) if model.labels else None
+    assert error(pipe.unet(x, torch.tensor(7), class_labels=labels).sample, model.net(x, 7, labels)) <= 1e-5
+    assert fastdiff.load(pipe).schedule == model.schedule

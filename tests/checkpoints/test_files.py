@@ -200,3 +200,20 @@ def test_weights_that_do_not_fit(case, tmp_path):
 def test_bad_requests(family, class_name, config, words):
     with pytest.raises(ValueError, match=words):
         fastdiff.from_state_dict({}, family, class_name, **config)
+
+
+def test_back_to_diffusers(case, tmp_path):
+    """Through diffusers' folder and back: the same model. What it cannot express is named."""
+    model = case("diffusers_unet2d_ddpm").model()
+    fastdiff.to_diffusers(model, tmp_path / "p")
+    same(fastdiff.load(tmp_path / "p"), model)
+    with pytest.raises(FileExistsError):
+        fastdiff.to_diffusers(model, tmp_path / "p")
+    for name, words in (("edm_adm_cond", "no group_channels 4"), ("sde_ddpmpp_vp", "no attention_up 'last'")):
+        with pytest.raises(CheckpointError, match=f"network: diffusers' UNet2DModel has {words}"):
+            fastdiff.to_diffusers(case(name).model(), tmp_path / name)
+    consistency = dataclasses.replace(model, schedule=EDM(), prediction=Prediction("consistency"))
+    with pytest.raises(CheckpointError, match="EDM with prediction 'consistency' has no place in DDPMScheduler"):
+        fastdiff.to_diffusers(consistency, tmp_path / "cm")
+    with pytest.raises(TypeError, match=r"only a fastdiff\.UNet becomes a UNet2DModel"):
+        fastdiff.to_diffusers(fastdiff.wrap(lambda x, t: x, schedule=DDPM()), tmp_path / "net")
