@@ -6,6 +6,7 @@ units of 10^9: products bound the op on every device. Traffic: x read and y writ
 
 import pytest
 import torch
+from harness import with_full
 from torch.nn import functional
 
 from fastdiff import ops
@@ -20,6 +21,7 @@ CASES = [  # N, C, H = W, heads: DDPM's and EDM's 16x16 (one head), ADM's 32x32 
     (1, 512, 8, 8),
     (8, 512, 8, 8),
 ]
+USUAL = [(1, 256, 16, 1), (8, 256, 16, 4)]
 LAYOUTS = {"nchw": torch.contiguous_format, "nhwc": torch.channels_last}
 
 
@@ -31,7 +33,7 @@ def name_of(case) -> str:
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
-@pytest.mark.parametrize("case", CASES, ids=name_of)
+@pytest.mark.parametrize("case", with_full(CASES, USUAL), ids=name_of)
 def test_group_norm_attention(compare, device, case, dtype, layout):
     n, c, size, heads = case
     form = LAYOUTS[layout]

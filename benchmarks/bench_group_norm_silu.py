@@ -6,6 +6,7 @@ FLOOR_NS an element and core, measured with an AVX-512 silu whose data stay in L
 
 import pytest
 import torch
+from harness import with_full
 from torch._functorch import config as functorch_config
 from torch.nn import functional
 
@@ -21,6 +22,13 @@ CASES = [
     for n in (1, 8)
     for dtype in (torch.float32, torch.bfloat16)
     for layout in LAYOUTS
+]
+USUAL = [
+    (8, 128, 32, torch.float32, "nhwc"),
+    (8, 128, 32, torch.float32, "nchw"),
+    (8, 256, 16, torch.bfloat16, "nhwc"),
+    (1, 256, 32, torch.bfloat16, "nhwc"),
+    (8, 192, 64, torch.bfloat16, "nhwc"),
 ]
 
 
@@ -50,7 +58,7 @@ def within(got, theirs, truth):
     assert error <= 2 * float((theirs.double() - truth).abs().max()) + floor, error
 
 
-@pytest.mark.parametrize("case", CASES, ids=name_of)
+@pytest.mark.parametrize("case", with_full(CASES, USUAL), ids=name_of)
 def test_forward(compare, device, missing, case):
     x, weight, bias = tensors(case, device)
     compiled = torch.compile(plain)
@@ -76,7 +84,7 @@ def test_forward(compare, device, missing, case):
         compare("group_norm_silu", name_of(case), variants, check, moved=2 * x.nbytes, skipped=skipped)
 
 
-@pytest.mark.parametrize("case", CASES, ids=name_of)
+@pytest.mark.parametrize("case", with_full(CASES, USUAL), ids=name_of)
 def test_backward(compare, device, case):
     """The backward pass alone: the graph is built once, and kept."""
     inputs = [t.requires_grad_() for t in tensors(case, device)]
@@ -106,6 +114,7 @@ def test_backward(compare, device, case):
     compare("group_norm_silu", name_of(case) + " bwd", variants, check, moved=moved)
 
 
+@pytest.mark.full
 def test_exponential_floor(device, timed):
     """What the forward pass reaches of FLOOR_NS, in per cent, per element and core."""
     if device != "cpu":

@@ -1,4 +1,5 @@
-"""The benchmarks' fixtures. `pytest benchmarks/` prints one table at the end and writes it as JSON (see harness.py).
+"""The benchmarks' fixtures. `pytest benchmarks/` prints one table at the end and writes it as JSON (see harness.py); with
+--full it runs every case.
 
 A benchmark calls `compare` with its variants ("fastdiff" first, then peers), the bytes that one pass must move, and a
 check of the result. `pytest benchmarks/ --benchmark-disable` runs each check and both eager variants once, untimed.
@@ -17,6 +18,7 @@ ROWS: list[Row] = []
 
 
 def pytest_addoption(parser):
+    parser.addoption("--full", action="store_true", help="every case (an hour on two cores) instead of the usual ones")
     if not PLUGIN:
         parser.addoption("--benchmark-disable", action="store_true", help="run each check once, untimed")
 
@@ -102,7 +104,15 @@ def missing():
     return reason
 
 
+def pytest_collection_modifyitems(config, items):
+    left = [] if config.getoption("--full") else [item for item in items if item.get_closest_marker("full")]
+    if left:
+        config.hook.pytest_deselected(items=left)
+        items[:] = [item for item in items if item not in left]
+
+
 def pytest_configure(config):
+    config.addinivalue_line("markers", "full: a benchmark's case for --full")
     # Benchmarks measure kernels: a silent fallback to the reference must fail.
     os.environ.setdefault("FASTDIFF_STRICT", "1")
 

@@ -207,3 +207,11 @@ def markdown(rows: list[Row]) -> list[str]:
     head = table_head(peers)
     lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
     return lines + [f"| {' | '.join(show(row, peers))} |" for row in rows]
+
+
+def with_full(cases: list, usual: list) -> list:
+    """The cases for pytest.mark.parametrize, those that are not in `usual` left to `pytest benchmarks/ --full`."""
+    import pytest
+
+    assert all(case in cases for case in usual)
+    return [case if case in usual else pytest.param(case, marks=pytest.mark.full) for case in cases]

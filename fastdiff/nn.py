@@ -113,6 +113,12 @@ class Attention(nn.Module):
         self.heads, self.skip_scale = heads, skip_scale
 
     def forward(self, x: Tensor) -> Tensor:
+        if isinstance(self.norm, GroupNormSiLU) and not torch.is_grad_enabled() and not torch.is_autocast_enabled(x.device.type):
+            norm, qkv, proj = self.norm, self.qkv, self.proj
+            weights = (qkv.weight.flatten(1), qkv.bias, proj.weight.flatten(1), proj.bias)
+            affine = (norm.weight, norm.bias, norm.groups)
+            return ops.group_norm_attention(x, *affine, *weights, self.heads, norm.eps, out_scale=self.skip_scale)
+        # Training keeps the library's attention, whose backward need not compute q, k and v again.
         b, c, h, w = x.shape
         # [B, 3, heads, C/heads, HW] -> q, k, v [B, heads, HW, C/heads]
         q, k, v = self.qkv(self.norm(x)).reshape(b, 3, self.heads, c // self.heads, h * w).transpose(-1, -2).unbind(1)
