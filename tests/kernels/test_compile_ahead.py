@@ -1,4 +1,7 @@
-"""Every kernel compiled for the architectures its file of cases names: what its PTX and SASS must and must not hold."""
+"""Every kernel compiled for the architectures its file of cases names: what its PTX and SASS must and must not hold.
+
+Every case for sm_90 and one of each kernel for the other architectures; every case for all of them in the slow tests.
+"""
 
 import importlib.util
 import re
@@ -9,11 +12,11 @@ import pytest
 from ahead_cases import declared
 
 
-@pytest.fixture(scope="module")
-def facts(tmp_path_factory):
+@pytest.fixture(scope="module", params=["sm_90", pytest.param("every", marks=pytest.mark.slow)])
+def facts(request, tmp_path_factory):
     if importlib.util.find_spec("triton") is None:
         pytest.skip("Triton is not installed")
-    return ahead_cases.compiled(tmp_path_factory.mktemp("ahead") / "facts.json")
+    return ahead_cases.compiled(tmp_path_factory.mktemp("ahead") / "facts.json", every=request.param == "every")
 
 
 def where(fact):

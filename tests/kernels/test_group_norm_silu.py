@@ -52,12 +52,16 @@ def to(args, device):
 
 
 def grid():
-    """All layouts and types on the small cases; the streamed ones, slow in the interpreter, in the networks' layouts."""
+    """Every layout of the small cases, each in another type from case to case, all of them in the slow tests; the streamed
+    ones, slow in the interpreter, in the networks' layouts.
+    """
     for i, (shape, groups) in enumerate(CASES):
-        for layout in LAYOUTS if len(shape) == 4 else ("contiguous",):
-            for dtype in DTYPES:
-                if i < 5 or (layout, dtype) in (("contiguous", torch.float32), ("channels_last", torch.bfloat16)):
-                    yield pytest.param(shape, groups, layout, dtype, id=f"{shape}-{groups}-{layout}-{dtype}")
+        for j, layout in enumerate(LAYOUTS if len(shape) == 4 else ("contiguous",)):
+            for k, dtype in enumerate(DTYPES):
+                network = (layout, dtype) in (("contiguous", torch.float32), ("channels_last", torch.bfloat16))
+                slow = () if i >= 5 or (i + j + k) % 3 == 0 else pytest.mark.slow
+                if i < 5 or network:
+                    yield pytest.param(shape, groups, layout, dtype, marks=slow, id=f"{shape}-{groups}-{layout}-{dtype}")
 
 
 GRID = list(grid())
@@ -98,10 +102,18 @@ FEWER = {
     "size": [(1, 1), (7, 5), (8, 8), (64, 64)],
     "given": ["", "add", "add scale shift", "scale stats"],
 }
-COVERING = covering.pairwise(
-    norm_cases.PARAMETERS | FEWER,
-    lambda case: norm_cases.divides(case) and norm_cases.elements(case) <= 2**17,
-)
+FEWEST = {"channels": [1, 3, 32, 64, 96, 192, 320, 576, 1024], "given": ["", "add scale shift", "scale stats"]}
+
+
+def covered(parameters, most):
+    return covering.pairwise(
+        norm_cases.PARAMETERS | parameters,
+        lambda case: norm_cases.divides(case) and norm_cases.elements(case) <= most,
+    )
+
+
+COVERING = covered(FEWER | FEWEST, 2**15)
+COVERING += [pytest.param(case, marks=pytest.mark.slow) for case in covered(FEWER, 2**17)]
 
 
 @pytest.mark.parametrize("case", COVERING, ids=norm_cases.name_of)
