@@ -1,6 +1,7 @@
 """add_noise against the same arithmetic in plain PyTorch with torch.randn. Traffic: x0 read, x_t and target written."""
 
 import torch
+from instructions import issued
 
 from fastdiff import ops
 
@@ -27,4 +28,5 @@ def test_add_noise(compare, device):
         "pytorch": lambda: plain(x0, coefficients),
         "compile": lambda: compiled(x0, coefficients),
     }
-    compare("add_noise", "64x3x64x64 float32, x_t and target", variants, check, moved=3 * x0.nbytes)
+    issue = issued("add_noise", "float32", x0.numel())
+    compare("add_noise", "64x3x64x64 float32, x_t and target", variants, check, moved=3 * x0.nbytes, **issue)

@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from instructions import issued
 
 from fastdiff import ops
 from fastdiff.ops.denoise_step import C, K
@@ -72,8 +73,7 @@ def test_denoise_step(compare, device, dtype, noisy, guided, learned, mixed):
     state = x.clone()
     variants = {"fastdiff": lambda: step(state), "pytorch": lambda: plain(x, F), "compile": lambda: compiled(x, F)}
     moved = 2 * x.nbytes + F.nbytes + net_in.nbytes + sum(t.nbytes for t in (F_u, V) if t is not None)
-    terms = [
-        word for word, on in (("noise", noisy), ("guided", guided), ("learned", learned), ("channels-last", mixed)) if on
-    ]
-    name = f"64x3x64x64, network {str(dtype)[6:]}, {' '.join(terms) or 'no noise'}"
-    compare("denoise_step", name, variants, check, moved=moved)
+    terms = (("noise", noisy), ("guided", guided), ("learned", learned), ("channels-last", mixed))
+    case = str(dtype)[6:], " ".join(word for word, on in terms if on) or "no noise"
+    name = f"64x3x64x64, network {', '.join(case)}"
+    compare("denoise_step", name, variants, check, moved=moved, **issued("denoise_step", case, x.numel()))

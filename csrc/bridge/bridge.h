@@ -73,6 +73,7 @@ inline Tensor parameter(const Tensor& t, ScalarType type, Shape shape, const cha
   bool fits = t.sizes().size() == shape.size();
   for (size_t i = 0; fits && i < shape.size(); ++i) fits = t.sizes()[i] == shape[i];
   STD_TORCH_CHECK(fits, name, ": its shape does not fit x");
+  dtype_of(t.scalar_type(), name);
   Tensor r = t.scalar_type() == type ? t : torch::stable::to(t, type);
   return r.is_contiguous() ? r : torch::stable::contiguous(r);
 }
@@ -124,6 +125,13 @@ inline void check_shape(const Tensor& t, const Tensor& x, const char* name) {
   bool same = t.dim() == x.dim();
   for (int64_t i = 0; same && i < x.dim(); ++i) same = t.size(i) == x.size(i);
   STD_TORCH_CHECK(same, name, ": its shape differs from x");
+}
+
+// Of tensors written in place.
+inline void check_writable(const Tensor& t, const char* name) {
+  for (int64_t i = 0; i < t.dim() && t.numel() > 0; ++i)
+    STD_TORCH_CHECK(t.size(i) == 1 || t.stride(i) != 0, name,
+                    ": its elements share memory, as an expanded tensor's do; clone it");
 }
 
 // `like`'s strides where the kernel can write them beside its input, else a contiguous stand-in.

@@ -44,6 +44,8 @@ DenoiseStep checked(const Tensor& x, const std::optional<Tensor>& f, const Tenso
     fits = fits && (i == 0 || net_in.size(i) == x.size(i));
   }
   STD_TORCH_CHECK(fits, "net_in: expected x's shape, or a whole number of copies of it, one after another");
+  check_writable(x, "x"), check_writable(saved, "saved"), check_writable(history, "history");
+  check_writable(net_in, "net_in");
   check_device(saved, x, "saved"), check_device(history, x, "history"), check_device(net_in, x, "net_in");
   check_device(seeds, x, "seeds"), check_device(coefficients, x, "coefficients"), check_device(codes, x, "codes"),
       check_device(row, x, "row");

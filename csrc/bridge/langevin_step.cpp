@@ -20,7 +20,9 @@ void langevin_step_cpu(Tensor x, const Tensor& f, Tensor net_in, std::optional<T
                   "row: expected int64 [1] or [B]");
   check_cpu(coefficients, "coefficients"), check_cpu(draws, "draws"), check_cpu(row, "row");
   check_shape(f, x, "F"), check_shape(net_in, x, "net_in");
+  check_writable(x, "x"), check_writable(net_in, "net_in");
   if (mean) {
+    check_writable(*mean, "mean");
     check_shape(*mean, x, "mean");
     STD_TORCH_CHECK(mean->scalar_type() == type, "mean: expected x's dtype");
   }

@@ -21,6 +21,7 @@ __global__ void __launch_bounds__(256, 2) forms(AddNoise a, Lie lie, Lie to) {
       for (int i = 0; i < E; i += 4)
         normals(stream, static_cast<uint64_t>(at.first + i) / 4, *reinterpret_cast<float(*)[4]>(z + i));
       Place there = at;
+#pragma unroll 1  // unrolled by four, nvcc 13.0 splits into words the stores of what remains, which for two forms is all
       for (int64_t k = 0; k < a.k; ++k, there.sample += a.n) {
 #pragma unroll
         for (int i = 0; i < E; ++i) y[0][i] = mul_add(c[2 * k + 1], A(z[i]), c[2 * k] * x[0][i]);

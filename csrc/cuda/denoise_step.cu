@@ -127,6 +127,7 @@ __global__ void __launch_bounds__(256) step(DenoiseStep a, Lies lie) {
 #pragma unroll
       for (int i = 0; i < C * E; ++i) out[i / E][i % E] *= next_in;
       Place to = at;
+#pragma unroll 1  // one copy or two; see add_noise.cu
       for (int64_t copy = 0; copy < a.copies; ++copy, to.sample += a.n) write<C, E, T>(a.net_in, lie.net_in, to, out);
     }
   }

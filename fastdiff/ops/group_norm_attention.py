@@ -57,7 +57,7 @@ def _qkv(x, norm_weight, norm_bias, groups, eps, stats, qkv_weight, qkv_bias, he
 def reference(
     x, norm_weight, norm_bias, groups, eps, qkv_weight, qkv_bias, out_weight, out_bias, heads, scale, out_scale, stats
 ):
-    stats = statistics(x, None, groups) if stats is None else stats.clone()
+    stats = statistics(x, None, groups) if stats is None else stats.to(_accumulate(x), copy=True)
     v = x.to(_accumulate(x))
     _, q, k, values = _qkv(v, norm_weight, norm_bias, groups, eps, stats, qkv_weight, qkv_bias, heads)
     a = torch.softmax(scale * q @ k.mT, -1) @ values

@@ -58,7 +58,7 @@ def _affine(h, weight, bias, scale, shift):
 
 
 def reference(x, weight, bias, groups, eps, add, scale, shift, stats, silu):
-    stats = statistics(x, add, groups) if stats is None else stats.clone()
+    stats = statistics(x, add, groups) if stats is None else stats.to(_accumulate(x), copy=True)
     h, _ = _normalised(x, add, groups, eps, stats)
     _, s = _affine(h, weight, bias, scale, shift)
     y = functional.silu(s) if silu else s

@@ -73,10 +73,10 @@ def command() -> list:
     return [nvcc(), "-O3", "-std=c++20", f"-I{ROOT / 'csrc'}"]
 
 
-def facts(source: Path, folder: Path) -> list[dict]:
+def facts(source: Path, folder: Path, only: list[int] | None = None) -> list[dict]:
     """machine_code.examine of the source compiled as the build does, with the kernel's name in the source."""
     out = folder / f"{source.stem}.fatbin"
-    codes = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in architectures()]
+    codes = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in only or architectures()]
     subprocess.run([*command(), "--fmad=false", *codes, "-fatbin", source, "-o", out], check=True)
     names = kernel_names(source)
     made = examine(out)

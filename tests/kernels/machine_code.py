@@ -1,5 +1,6 @@
 """What ptxas made: registers, memory and SASS of each kernel in a cubin, fatbin or shared library, by cuobjdump."""
 
+import heapq
 import importlib.util
 import re
 import shutil
@@ -83,3 +84,42 @@ def is_wide(sass: list[str], word: str) -> bool:
 def makes_noise(sass: list[str]) -> bool:
     """Whether a Philox multiplier (D2511F53, which is -2DAEE0AD) is an operand."""
     return any(re.search(r"-0x2daee0ad|0xd2511f53", line) for line in sass)
+
+
+def _blocks(sass: list[str]):
+    """Basic blocks [(first, end, successors)] by index of instruction; a call counts as one instruction."""
+    index = {int(line.split()[0], 16): i for i, line in enumerate(sass)}
+    ends = {}
+    for i, (line, op) in enumerate(zip(sass, operations(sass), strict=True)):
+        conditional = re.match(r"\S+ @|\S+ BRA(?:\.\S+)? !?U?P\d", line) is not None
+        if op.split(".")[0] == "BRA":
+            ends[i] = [index[int(line.rsplit("0x", 1)[1], 16)]] + [i + 1] * conditional
+        elif op.split(".")[0] in ("EXIT", "RET"):
+            ends[i] = [len(sass)] + [i + 1] * conditional
+    starts = sorted({0, *(i + 1 for i in ends), *(to for targets in ends.values() for to in targets)} - {len(sass)})
+    for first, end in zip(starts, [*starts[1:], len(sass)], strict=True):
+        yield first, end, ends.get(end - 1, [end])
+
+
+def main_path(sass: list[str], passed: dict[str, int]) -> int:
+    """Instructions on the shortest way through a kernel that passes exactly so many that match each pattern."""
+    blocks, patterns = {}, list(passed)
+    for first, end, after in _blocks(sass):
+        found = tuple(sum(re.search(p, line) is not None for line in sass[first:end]) for p in patterns)
+        blocks[first] = end - first, found, after
+    wanted = tuple(passed.values())
+    ways, known = [(0, 0, (0,) * len(wanted))], set()
+    while ways:
+        length, at, have = heapq.heappop(ways)
+        if at == len(sass):
+            if have == wanted:
+                return length
+            continue
+        if (at, have) in known:
+            continue
+        known.add((at, have))
+        size, found, after = blocks[at]
+        have = tuple(h + f for h, f in zip(have, found, strict=True))
+        for to in after if all(h <= w for h, w in zip(have, wanted, strict=True)) else ():
+            heapq.heappush(ways, (length + size, to, have))
+    raise ValueError(f"no way through the kernel passes {passed}")
