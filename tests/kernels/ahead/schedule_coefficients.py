@@ -7,6 +7,10 @@ from fastdiff.ops.schedule_coefficients import Law, Target
 
 ARCHITECTURES = (90,)  # float64 arithmetic that no architecture treats specially
 NOISE = False
+NARROW = {
+    "_schedule_coefficients loads": "one time a sample",
+    "_schedule_coefficients stores": "seven coefficients a sample, side by side",
+}
 
 
 def cases(case):
