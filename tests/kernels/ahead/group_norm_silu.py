@@ -17,6 +17,13 @@ NARROW = {
     "_fold stores": "tables of one number a channel",
 }
 
+STACK = {
+    "_sums, streamed channels_last bfloat16, 6 a group": (
+        8,
+        "for sm_100 ptxas stops at 128 registers, for two blocks at a time, and parks one word, before and after the loop",
+    ),
+}
+
 
 def cases(case):
     # Slices on chip and streamed ones; groups of 6, 18 and 42 channels are the odd cases that vectorise worst.
