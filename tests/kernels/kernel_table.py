@@ -65,7 +65,7 @@ def table(facts: list[dict], columns: tuple[str, ...]) -> list[str]:
 def triton_section(facts: list[dict]) -> list[str]:
     facts = [f | {"kernel": f"`{f['kernel']}`"} for f in facts if f["case"] != "huge"]
     notes = [
-        f"{op}, {kernel}: up to {most} bytes of stack; {why}."
+        f"- {op}, {kernel}: up to {most} bytes of stack; {why}."
         for op, stacks in ahead_cases.declared("STACK").items()
         for kernel, (most, why) in stacks.items()
     ]
