@@ -46,7 +46,7 @@ def grid():
                 yield pytest.param(filter, layout, shapes, marks=marks, id=f"{name}-{layout}-{shapes}")
 
 
-@pytest.mark.parametrize(("filter", "layout", "shapes"), grid())
+@pytest.mark.parametrize(("filter", "layout", "shapes"), list(grid()))
 def test_values(launch, device, filter, layout, shapes):
     for shape in shapes:
         i = SHAPES.index(shape)
