@@ -49,7 +49,8 @@ PyMethodDef methods[] = {
      "use_isa(name): run the kernels of another instruction set; FASTDIFF_ISA does the same at import. For tests."},
     {nullptr, nullptr, 0, nullptr}};
 
-PyModuleDef module = {PyModuleDef_HEAD_INIT, "_C", "fastdiff's native kernels.", -1, methods, nullptr, nullptr, nullptr, nullptr};
+PyModuleDef module = {PyModuleDef_HEAD_INIT, "_C", "fastdiff's native kernels.", -1, methods, nullptr, nullptr, nullptr,
+                      nullptr};
 
 }  // namespace
 

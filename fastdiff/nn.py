@@ -113,7 +113,11 @@ class Attention(nn.Module):
         self.heads, self.skip_scale = heads, skip_scale
 
     def forward(self, x: Tensor) -> Tensor:
-        if isinstance(self.norm, GroupNormSiLU) and not torch.is_grad_enabled() and not torch.is_autocast_enabled(x.device.type):
+        if (
+            isinstance(self.norm, GroupNormSiLU)
+            and not torch.is_grad_enabled()
+            and not torch.is_autocast_enabled(x.device.type)
+        ):
             norm, qkv, proj = self.norm, self.qkv, self.proj
             weights = (qkv.weight.flatten(1), qkv.bias, proj.weight.flatten(1), proj.bias)
             affine = (norm.weight, norm.bias, norm.groups)

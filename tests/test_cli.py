@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tiny import tiny
 
 import fastdiff
 from fastdiff import cli
@@ -24,18 +25,7 @@ from fastdiff.training import PRESETS
 def checkpoint(tmp_path_factory):
     """A small class-conditional network with random weights, those that start at 0 included."""
     torch.manual_seed(0)
-    config = fastdiff.UNetConfig(
-        resolution=8,
-        in_channels=1,
-        out_channels=1,
-        channels=8,
-        multipliers=(1, 2),
-        blocks=1,
-        attention=(4,),
-        groups=4,
-        labels=10,
-    )
-    network = fastdiff.UNet(config)
+    network = fastdiff.UNet(tiny(labels=10))
     for p in network.parameters():
         p.data.add_(0.1 * torch.randn_like(p))
     path = tmp_path_factory.mktemp("model") / "tiny.safetensors"

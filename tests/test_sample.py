@@ -5,23 +5,13 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
+from tiny import tiny
 
 import fastdiff
-from fastdiff import Model, Prediction, UNet, UNetConfig, ops, schedules
+from fastdiff import Model, Prediction, UNet, ops, schedules
 from fastdiff.model import ASSETS
 
-CONFIG = UNetConfig(
-    resolution=8,
-    in_channels=1,
-    out_channels=1,
-    channels=8,
-    multipliers=(1, 2),
-    blocks=1,
-    attention=(4,),
-    groups=4,
-    labels=3,
-    dropout=0.5,  # so that a network left in training mode gives itself away
-)
+CONFIG = tiny(labels=3, dropout=0.5)  # so that a network left in training mode gives itself away
 
 
 def tiny(labels=3, family="consistency"):

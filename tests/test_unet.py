@@ -4,21 +4,12 @@ import dataclasses
 
 import pytest
 import torch
+from tiny import tiny
 
 from fastdiff import UNet, UNetConfig
 from fastdiff.nn import Attention, FourierEmbedding, PositionalEmbedding, Resample
 
-TINY = UNetConfig(
-    resolution=8,
-    in_channels=1,
-    out_channels=1,
-    channels=8,
-    multipliers=(1, 2),
-    blocks=1,
-    attention=(4,),
-    groups=4,
-    dropout=0.0,
-)
+TINY = tiny(dropout=0.0)
 SMALL = {"resolution": 8, "in_channels": 1, "out_channels": 1, "channels": 8}
 SMALL |= {"multipliers": (1, 2), "blocks": 1, "attention": (4,)}
 VARIANTS = {

@@ -1,5 +1,5 @@
-// What the bridges between PyTorch's dispatcher and the kernels share. Only this folder has torch headers (the stable ABI, so
-// that one build loads in every torch from 2.11 on); schemas live in fastdiff/ops/*.py.
+// What the bridges between PyTorch's dispatcher and the kernels share. Only this folder has torch headers (the stable ABI,
+// so that one build loads in every torch from 2.11 on); schemas live in fastdiff/ops/*.py.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
@@ -26,9 +26,13 @@ inline Dtype dtype_of(ScalarType type, const char* name) {
     default: STD_TORCH_CHECK(false, name, ": only float32, bfloat16, float16 and float64 are supported"); return Dtype::f32;
   }
 }
-inline ScalarType accumulate(const Tensor& x) { return x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float; }
+inline ScalarType accumulate(const Tensor& x) {
+  return x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+}
 
-inline void check_cpu(const Tensor& t, const char* name) { STD_TORCH_CHECK(t.is_cpu(), name, ": must be on the CPU like the first argument"); }
+inline void check_cpu(const Tensor& t, const char* name) {
+  STD_TORCH_CHECK(t.is_cpu(), name, ": must be on the CPU like the first argument");
+}
 
 // Views of [N, C, ...] whose spatial dimensions share one stride; none where they do not. On any device.
 inline std::optional<View> view_of(const Tensor& t, const char* name) {
@@ -80,7 +84,8 @@ inline const void* data(const std::optional<Tensor>& t) { return t ? t->data_ptr
 
 inline const int64_t* seed_data(const Tensor& seeds, int64_t n) {
   check_cpu(seeds, "seeds");
-  STD_TORCH_CHECK(seeds.scalar_type() == ScalarType::Long && seeds.dim() == 1 && seeds.size(0) == n, "seeds: expected int64 [", n, "]");
+  STD_TORCH_CHECK(seeds.scalar_type() == ScalarType::Long && seeds.dim() == 1 && seeds.size(0) == n,
+                  "seeds: expected int64 [", n, "]");
   return static_cast<const int64_t*>(seeds.data_ptr());
 }
 

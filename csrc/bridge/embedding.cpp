@@ -15,8 +15,8 @@ Tensor embedding_cpu(const Tensor& t, const Tensor& freqs, double scale, bool si
   Tensor out = torch::stable::new_empty(t, Shape(shape, 2), dtype);
   if (out.numel() == 0) return out;
   const bool wide = t.scalar_type() == ScalarType::Double || freqs.scalar_type() == ScalarType::Double;
-  embedding({static_cast<const double*>(times.data_ptr()), static_cast<const double*>(table.data_ptr()), scale, out.data_ptr(),
-             dtype_of(dtype, "dtype"), n, h, sin_first, wide});
+  embedding({static_cast<const double*>(times.data_ptr()), static_cast<const double*>(table.data_ptr()), scale,
+             out.data_ptr(), dtype_of(dtype, "dtype"), n, h, sin_first, wide});
   return out;
 }
 

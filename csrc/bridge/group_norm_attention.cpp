@@ -5,10 +5,11 @@
 namespace fastdiff {
 namespace {
 
-std::tuple<Tensor, Tensor> group_norm_attention_cpu(const Tensor& x_, const Tensor& norm_weight, const Tensor& norm_bias, int64_t groups,
-                                                    double eps, const Tensor& qkv_weight, std::optional<Tensor> qkv_bias,
-                                                    const Tensor& out_weight, std::optional<Tensor> out_bias, int64_t heads,
-                                                    double scale, double out_scale, std::optional<Tensor> stats) {
+std::tuple<Tensor, Tensor> group_norm_attention_cpu(const Tensor& x_, const Tensor& norm_weight, const Tensor& norm_bias,
+                                                    int64_t groups, double eps, const Tensor& qkv_weight,
+                                                    std::optional<Tensor> qkv_bias, const Tensor& out_weight,
+                                                    std::optional<Tensor> out_bias, int64_t heads, double scale,
+                                                    double out_scale, std::optional<Tensor> stats) {
   GroupNormAttention a{};
   GroupNormSilu& g = a.norm;
   Tensor x = x_;
@@ -25,10 +26,14 @@ std::tuple<Tensor, Tensor> group_norm_attention_cpu(const Tensor& x_, const Tens
   else x = torch::stable::contiguous(x), g.x = *try_view(x, "x");
 
   const ScalarType type = accumulate(x), operand = takes_bfloat16(g.x.dtype, g.c, a.d) ? ScalarType::BFloat16 : type;
-  const int64_t of_c[] = {g.c}, of_qkv[] = {3 * e}, of_in[] = {3 * e, g.c}, of_out[] = {g.c, e}, of_stats[] = {g.n, groups, 2};
-  const Tensor w = parameter(norm_weight, type, Shape(of_c, 1), "norm_weight"), b = parameter(norm_bias, type, Shape(of_c, 1), "norm_bias");
-  const Tensor in = parameter(qkv_weight, operand, Shape(of_in, 2), "qkv_weight"), out = parameter(out_weight, operand, Shape(of_out, 2), "out_weight");
-  const auto in_bias = parameter(qkv_bias, type, Shape(of_qkv, 1), "qkv_bias"), bias = parameter(out_bias, type, Shape(of_c, 1), "out_bias");
+  const int64_t of_c[] = {g.c}, of_qkv[] = {3 * e}, of_in[] = {3 * e, g.c}, of_out[] = {g.c, e},
+      of_stats[] = {g.n, groups, 2};
+  const Tensor w = parameter(norm_weight, type, Shape(of_c, 1), "norm_weight"),
+      b = parameter(norm_bias, type, Shape(of_c, 1), "norm_bias");
+  const Tensor in = parameter(qkv_weight, operand, Shape(of_in, 2), "qkv_weight"),
+      out = parameter(out_weight, operand, Shape(of_out, 2), "out_weight");
+  const auto in_bias = parameter(qkv_bias, type, Shape(of_qkv, 1), "qkv_bias"),
+      bias = parameter(out_bias, type, Shape(of_c, 1), "out_bias");
   g.weight = w.data_ptr(), g.bias = b.data_ptr();
   a.qkv_weight = in.data_ptr(), a.qkv_bias = data(in_bias), a.out_weight = out.data_ptr(), a.out_bias = data(bias);
 
@@ -43,4 +48,6 @@ std::tuple<Tensor, Tensor> group_norm_attention_cpu(const Tensor& x_, const Tens
 }  // namespace
 }  // namespace fastdiff
 
-STABLE_TORCH_LIBRARY_IMPL(fastdiff, CPU, m) { m.impl("group_norm_attention", TORCH_BOX(&fastdiff::group_norm_attention_cpu)); }
+STABLE_TORCH_LIBRARY_IMPL(fastdiff, CPU, m) {
+  m.impl("group_norm_attention", TORCH_BOX(&fastdiff::group_norm_attention_cpu));
+}

@@ -14,8 +14,9 @@ struct NormArguments {
   Tensor x, weight, bias;
   std::optional<Tensor> add, scale, shift;
 
-  NormArguments(const Tensor& x_, const Tensor& w, const Tensor& b, int64_t groups, double eps, const std::optional<Tensor>& add_,
-                const std::optional<Tensor>& scale_, const std::optional<Tensor>& shift_, bool silu)
+  NormArguments(const Tensor& x_, const Tensor& w, const Tensor& b, int64_t groups, double eps,
+                const std::optional<Tensor>& add_, const std::optional<Tensor>& scale_, const std::optional<Tensor>& shift_,
+                bool silu)
       : x(x_), weight(w), bias(b) {
     STD_TORCH_CHECK(x.dim() >= 2, "x: expected [N, C, ...]");
     g.n = x.size(0), g.c = x.size(1), g.s = spatial(x), g.groups = groups, g.eps = eps, g.silu = silu;
@@ -34,9 +35,9 @@ struct NormArguments {
 };
 
 
-std::tuple<Tensor, Tensor> group_norm_silu_cpu(const Tensor& x, const Tensor& weight, const Tensor& bias, int64_t groups, double eps,
-                                               std::optional<Tensor> add, std::optional<Tensor> scale, std::optional<Tensor> shift,
-                                               std::optional<Tensor> stats, bool silu) {
+std::tuple<Tensor, Tensor> group_norm_silu_cpu(const Tensor& x, const Tensor& weight, const Tensor& bias, int64_t groups,
+                                               double eps, std::optional<Tensor> add, std::optional<Tensor> scale,
+                                               std::optional<Tensor> shift, std::optional<Tensor> stats, bool silu) {
   NormArguments a(x, weight, bias, groups, eps, add, scale, shift, silu);
   const int64_t shape[] = {a.g.n, groups, 2};
   Tensor kept = torch::stable::new_empty(x, Shape(shape, 3), accumulate(x));
@@ -99,7 +100,8 @@ Result from_triton(const Tensor& x, const Tensor& weight, const Tensor& bias, in
 }
 
 // Parameters stay in their types. `owned` keeps what had to be made contiguous.
-Parameter on_device(const std::optional<Tensor>& t, const Tensor& x, Shape shape, const char* name, std::optional<Tensor>& owned) {
+Parameter on_device(const std::optional<Tensor>& t, const Tensor& x, Shape shape, const char* name,
+                    std::optional<Tensor>& owned) {
   if (!t) return {};
   STD_TORCH_CHECK(t->is_cuda() && t->get_device_index() == x.get_device_index(), name, ": must be on the device of x");
   bool fits = t->sizes().size() == shape.size();
@@ -119,7 +121,8 @@ Result group_norm_silu_on_cuda(const Tensor& x, const Tensor& weight, const Tens
                                std::optional<Tensor> add, std::optional<Tensor> scale, std::optional<Tensor> shift,
                                std::optional<Tensor> stats, bool silu) {
   STD_TORCH_CHECK(x.is_cuda() && x.dim() >= 2, "x: expected [N, C, ...] on a CUDA device");
-  STD_TORCH_CHECK(groups >= 1 && x.size(1) % groups == 0, "groups: ", groups, " does not divide the ", x.size(1), " channels of x");
+  STD_TORCH_CHECK(groups >= 1 && x.size(1) % groups == 0, "groups: ", groups, " does not divide the ", x.size(1),
+                  " channels of x");
   const auto general = [&] { return from_triton(x, weight, bias, groups, eps, add, scale, shift, stats, silu); };
   const auto view = view_of(x, "x");
   const int64_t element = x.scalar_type() == ScalarType::Float ? 4 : 2;
@@ -137,7 +140,8 @@ Result group_norm_silu_on_cuda(const Tensor& x, const Tensor& weight, const Tens
   a.y = out->data, a.y_n = out->n, a.y_s = out->s;
   const int64_t c[] = {a.c}, nc[] = {a.n, a.c}, of_groups[] = {a.n, groups, 2};
   std::optional<Tensor> owned[6];
-  a.weight = on_device(weight, x, Shape(c, 1), "weight", owned[0]), a.bias = on_device(bias, x, Shape(c, 1), "bias", owned[1]);
+  a.weight = on_device(weight, x, Shape(c, 1), "weight", owned[0]),
+      a.bias = on_device(bias, x, Shape(c, 1), "bias", owned[1]);
   a.add = on_device(add, x, Shape(nc, 2), "add", owned[2]), a.scale = on_device(scale, x, Shape(nc, 2), "scale", owned[3]);
   a.shift = on_device(shift, x, Shape(nc, 2), "shift", owned[4]);
   Tensor kept = torch::stable::new_empty(x, Shape(of_groups, 3), ScalarType::Float);

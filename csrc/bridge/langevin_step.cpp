@@ -14,8 +14,10 @@ void langevin_step_cpu(Tensor x, const Tensor& f, Tensor net_in, std::optional<T
   const int64_t rows = coefficients.dim() == 2 ? coefficients.size(0) : -1, n = x.size(0);
   STD_TORCH_CHECK(rows >= 0 && coefficients.size(1) == langevin::kColumns && coefficients.scalar_type() == type,
                   "coefficients: expected x's dtype, [rows, ", int(langevin::kColumns), "]");
-  STD_TORCH_CHECK(draws.scalar_type() == ScalarType::Int && draws.dim() == 1 && draws.size(0) == rows, "draws: expected int32 [rows]");
-  STD_TORCH_CHECK(row.scalar_type() == ScalarType::Long && row.dim() == 1 && (row.size(0) == 1 || row.size(0) == n), "row: expected int64 [1] or [B]");
+  STD_TORCH_CHECK(draws.scalar_type() == ScalarType::Int && draws.dim() == 1 && draws.size(0) == rows,
+                  "draws: expected int32 [rows]");
+  STD_TORCH_CHECK(row.scalar_type() == ScalarType::Long && row.dim() == 1 && (row.size(0) == 1 || row.size(0) == n),
+                  "row: expected int64 [1] or [B]");
   check_cpu(coefficients, "coefficients"), check_cpu(draws, "draws"), check_cpu(row, "row");
   check_shape(f, x, "F"), check_shape(net_in, x, "net_in");
   if (mean) {

@@ -9,7 +9,8 @@ namespace fastdiff {
 namespace {
 
 // The result, yet to be filled; `keys` keeps the seeds that a.seeds points to.
-Tensor prepared(const Tensor& seeds, int64_t draw, int64_t domain, std::vector<int64_t> shape, ScalarType dtype, Tensor& keys, PhiloxNormal& a) {
+Tensor prepared(const Tensor& seeds, int64_t draw, int64_t domain, std::vector<int64_t> shape, ScalarType dtype,
+                Tensor& keys, PhiloxNormal& a) {
   STD_TORCH_CHECK(seeds.scalar_type() == ScalarType::Long && seeds.dim() == 1, "seeds: expected int64 [B]");
   for (int64_t size : shape) STD_TORCH_CHECK(size >= 0, "shape: ", size, " is negative");
   shape.insert(shape.begin(), seeds.size(0));
@@ -31,7 +32,8 @@ Tensor philox_normal_cpu(const Tensor& seeds, int64_t draw, int64_t domain, std:
 }
 
 #ifdef USE_CUDA
-Tensor philox_normal_on_cuda(const Tensor& seeds, int64_t draw, int64_t domain, std::vector<int64_t> shape, ScalarType dtype) {
+Tensor philox_normal_on_cuda(const Tensor& seeds, int64_t draw, int64_t domain, std::vector<int64_t> shape,
+                             ScalarType dtype) {
   STD_TORCH_CHECK(seeds.is_cuda(), "seeds: must be on a CUDA device");
   const OnDevice here(seeds);
   Tensor keys = seeds;

@@ -12,7 +12,8 @@ Image image_of(const Tensor& t) {
   return {t.data_ptr(), s[0], s[1], s[2], s[3]};
 }
 
-Tensor resample_cpu(const Tensor& x_, const Tensor& taps, int64_t up, int64_t down, int64_t p0, int64_t height, int64_t width) {
+Tensor resample_cpu(const Tensor& x_, const Tensor& taps, int64_t up, int64_t down, int64_t p0, int64_t height,
+                    int64_t width) {
   check_cpu(x_, "x");
   STD_TORCH_CHECK(x_.dim() == 4, "x: expected [N, C, H, W]");
   STD_TORCH_CHECK(taps.dim() == 1 && taps.size(0) >= 1 && taps.size(0) <= kLimit, "taps: expected [T], 1 <= T <= 65536");

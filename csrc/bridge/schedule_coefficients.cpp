@@ -5,8 +5,9 @@
 namespace fastdiff {
 namespace {
 
-Tensor schedule_coefficients_cpu(const Tensor& t, std::optional<Tensor> table, int64_t law, int64_t target, double p0, double p1,
-                                 double sigma_data, double shift, double time_scale, bool raw, bool slopes, ScalarType dtype) {
+Tensor schedule_coefficients_cpu(const Tensor& t, std::optional<Tensor> table, int64_t law, int64_t target, double p0,
+                                 double p1, double sigma_data, double shift, double time_scale, bool raw, bool slopes,
+                                 ScalarType dtype) {
   STD_TORCH_CHECK(law >= 0 && law < int64_t(Law::count), "law: ", law, " is not known");
   STD_TORCH_CHECK(target >= 0 && target < int64_t(Target::count), "target: ", target, " is not known");
   STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::Double, "dtype: expected float32 or float64");
@@ -34,4 +35,6 @@ Tensor schedule_coefficients_cpu(const Tensor& t, std::optional<Tensor> table, i
 }  // namespace
 }  // namespace fastdiff
 
-STABLE_TORCH_LIBRARY_IMPL(fastdiff, CPU, m) { m.impl("schedule_coefficients", TORCH_BOX(&fastdiff::schedule_coefficients_cpu)); }
+STABLE_TORCH_LIBRARY_IMPL(fastdiff, CPU, m) {
+  m.impl("schedule_coefficients", TORCH_BOX(&fastdiff::schedule_coefficients_cpu));
+}

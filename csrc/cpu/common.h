@@ -90,7 +90,8 @@ int64_t threads();
 
 template <class F> void parallel_for(int64_t n, int64_t grain, const F& body) {
   if (n <= 0) return;
-  parallel_for_raw(n, grain < 1 ? 1 : grain, [](int64_t begin, int64_t end, void* f) { (*static_cast<const F*>(f))(begin, end); },
+  parallel_for_raw(n, grain < 1 ? 1 : grain,
+                   [](int64_t begin, int64_t end, void* f) { (*static_cast<const F*>(f))(begin, end); },
                    const_cast<void*>(static_cast<const void*>(&body)));
 }
 

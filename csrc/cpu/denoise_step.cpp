@@ -1,5 +1,6 @@
-// denoise_step: one row of a plan, tile by tile, each tile in one loop from the tensors' own memory and types to theirs wherever
-// layouts allow. What a row's coefficients do not need is not read, noise included. Formula: fastdiff/ops/denoise_step.py.
+// denoise_step: one row of a plan, tile by tile, each tile in one loop from the tensors' own memory and types to theirs
+// wherever layouts allow. What a row's coefficients do not need is not read, noise included. Formula:
+// fastdiff/ops/denoise_step.py.
 #ifndef FASTDIFF_ISA
 
 #include "cpu/denoise_step.h"
@@ -69,7 +70,8 @@ template <bool MORE, class A, class T> void combine(const Terms<A, T>& t, int64_
   constexpr int64_t N = Simd<A>::N;
   int64_t i = 0;
   for (; i + N <= size; i += N)
-    combine_vector<MORE>(t, i, [](const auto* p) FD_LAMBDA { return load(p); }, [](auto* p, Vec<A> v) FD_LAMBDA { store(p, v); });
+    combine_vector<MORE>(t, i, [](const auto* p) FD_LAMBDA { return load(p); },
+                         [](auto* p, Vec<A> v) FD_LAMBDA { store(p, v); });
   if (const int rest = static_cast<int>(size - i))
     combine_vector<MORE>(t, i, [rest](const auto* p) FD_LAMBDA { return load_some(p, rest); },
                          [rest](auto* p, Vec<A> v) FD_LAMBDA { store_some(p, v, rest); });
@@ -85,7 +87,8 @@ struct Room {
     return reinterpret_cast<S*>(p);
   }
 };
-constexpr int kBuffers = 16;  // most that one tile takes: x F F_u V saved, 4 slots, kept, out, next, z_1 z_2, 2 for float noise
+// Most that one tile takes: x F F_u V saved, 4 slots, kept, out, next, z_1 z_2, 2 for float noise
+constexpr int kBuffers = 16;
 
 inline View slot(const DenoiseStep& a, int64_t j) {
   View v = a.history;
@@ -93,7 +96,8 @@ inline View slot(const DenoiseStep& a, int64_t j) {
   return v;
 }
 
-template <class A> const A* noise(const DenoiseStep& a, const Tiling& t, int64_t n, uint32_t draw, int64_t first, int64_t length, Room& room) {
+template <class A>
+const A* noise(const DenoiseStep& a, const Tiling& t, int64_t n, uint32_t draw, int64_t first, int64_t length, Room& room) {
   float *z = room.take<float>(), *scratch = room.take<float>();
   noise_tile(stream_of(a.seeds[n], draw, kDomainStep), t, first, length, z, scratch);
   if constexpr (std::is_same_v<A, float>) {
@@ -138,7 +142,8 @@ void step_tile(const DenoiseStep& a, const Tiling& t, int64_t n, int64_t first, 
   }
   for (int j = 0; j < 2; ++j) {
     m.of_z[j] = c[column::kN1 + j];
-    if (m.of_z[j] != 0 || (j == 0 && m.v)) m.z[j] = noise<A>(a, t, n, static_cast<uint32_t>(k[code::kDraw1 + j]), first, length, room);
+    if (m.of_z[j] != 0 || (j == 0 && m.v))
+      m.z[j] = noise<A>(a, t, n, static_cast<uint32_t>(k[code::kDraw1 + j]), first, length, room);
   }
   const bool save = a.saved && k[code::kSaveX] == 1;
   if (save) m.saved = target(a.saved, A{});
@@ -178,7 +183,8 @@ template <class A, class T> void step_all(DenoiseStep a) {
     const Scratch memory(kBuffers * bytes);
     for (int64_t task = begin; task < end; ++task) {
       const int64_t tile = task % tiling.count;
-      step_tile<A, T>(a, tiling, task / tiling.count, tile * tiling.length, tiling.length_of(tile), Room{memory.data, bytes});
+      step_tile<A, T>(a, tiling, task / tiling.count, tile * tiling.length, tiling.length_of(tile),
+                      Room{memory.data, bytes});
     }
   });
 }
@@ -189,7 +195,9 @@ inline void denoise_step(const DenoiseStep& a) {
   Dtype network = a.net_in.dtype;
   for (const View* v : {&a.f, &a.f_u, &a.v})
     if (*v && v->dtype != network) network = Dtype::f32;
-  network == Dtype::bf16 ? step_all<float, bfloat16>(a) : network == Dtype::f16 ? step_all<float, float16>(a) : step_all<float, float>(a);
+  network == Dtype::bf16  ? step_all<float, bfloat16>(a)
+  : network == Dtype::f16 ? step_all<float, float16>(a)
+                          : step_all<float, float>(a);
 }
 
 #endif

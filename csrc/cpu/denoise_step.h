@@ -5,7 +5,9 @@ namespace fastdiff {
 
 // Columns of the tables, as the enums C and K of fastdiff/ops/denoise_step.py.
 namespace column {
-enum : int { kSkip, kOut, kX, kSaved, kD, kDClip, kH0, kN1 = kH0 + 4, kN2, kNextIn, kNoise, kGuide, kNV, kLogMin, kLogMax, kCount };
+enum : int {
+  kSkip, kOut, kX, kSaved, kD, kDClip, kH0, kN1 = kH0 + 4, kN2, kNextIn, kNoise, kGuide, kNV, kLogMin, kLogMax, kCount
+};
 }
 namespace code {
 enum : int { kDraw1, kDraw2, kSaveX, kSaveD, kSaveClipped, kCount };

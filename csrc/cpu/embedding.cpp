@@ -1,4 +1,5 @@
-// embedding: angles reduced to quarter turns in float64, then Box-Muller's sine and cosine. Formula: fastdiff/ops/embedding.py.
+// embedding: angles reduced to quarter turns in float64, then Box-Muller's sine and cosine. Formula:
+// fastdiff/ops/embedding.py.
 #ifndef FASTDIFF_ISA
 
 #include <cmath>
@@ -22,7 +23,8 @@ constexpr double kToInteger = 6755399441055744;  // 1.5 2^52: adding it rounds t
 
 // One row: whole vectors all along, so that rows have room for a multiple of W.
 template <class T>
-void embed_row(const Embedding& a, double t, const double* turns, bool far, float* q, uint32_t* quarter, T* sines, T* cosines) {
+void embed_row(const Embedding& a, double t, const double* turns, bool far, float* q, uint32_t* quarter, T* sines,
+               T* cosines) {
   for (int64_t i = 0; i < a.h; ++i) {
     const double u = t * turns[i], shifted = u + kToInteger;
     q[i] = static_cast<float>(u - (shifted - kToInteger));

@@ -110,7 +110,8 @@ template <class A> void channel_maps(const GroupNormSilu& g, int64_t n, double* 
 }
 
 // ---- moments. Sums are of x - k, k the mean of all that went before rounded to float, so that no more than half of a sum
-// of squares is ever cancelled; with s = sum (x - k) and q = sum (x - k)^2 of n elements after `count` of mean mu, e = k - mu:
+// of squares is ever cancelled; with s = sum (x - k) and q = sum (x - k)^2 of n elements after `count` of mean mu,
+// e = k - mu:
 //     moved = s + n e,   mu += moved / total,   m2 += q + e (2 s + n e) - moved^2 / total,   total = count + n  (double)
 
 struct Moments {
@@ -282,7 +283,8 @@ template <class T> void item_moments(const GroupNormSilu& g, int64_t n, int64_t 
   const int64_t top = piece * height, count = g.s - top < height ? g.s - top : height;
   double* out = moments + piece * 2 * g.c;
   by_vectors<4, A>(c0, c1, [&](auto j, int64_t c) __attribute__((always_inline)) {
-    channel_moments<decltype(j)::value>(g.x.at<const T>(n, c, top), g.x.s, count, static_cast<int>(c1 - c), out + c, out + g.c + c);
+    channel_moments<decltype(j)::value>(g.x.at<const T>(n, c, top), g.x.s, count, static_cast<int>(c1 - c), out + c,
+                                        out + g.c + c);
   });
 }
 

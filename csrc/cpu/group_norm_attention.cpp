@@ -44,7 +44,9 @@ template <class Op> struct Sample {
     v_at = k_at + words(heads * key_panels * d * kTileRows);
     bytes = v_at + words(e * Op::step * row);
   }
-  Word* panel(int64_t width, int64_t block, int64_t r = 0) const { return words_at(panels_at) + (block * width + r) * lanes; }
+  Word* panel(int64_t width, int64_t block, int64_t r = 0) const {
+    return words_at(panels_at) + (block * width + r) * lanes;
+  }
   Word* q(int64_t head, int64_t block, int64_t r = 0) const { return words_at(q_at) + (block * e + head * d + r) * lanes; }
   Word* k(int64_t head, int64_t panel, int64_t r = 0) const {
     return words_at(k_at) + ((head * key_panels + panel) * d + r) * kTileRows;
@@ -59,7 +61,8 @@ FD_INLINE int at_most(int64_t n, int limit) { return n < limit ? static_cast<int
 
 // ---- x to panels
 
-template <class T, class Op> void pack_planes(const GroupNormSilu& g, int64_t n, const ChannelTable<Acc<T>>& t, const Sample<Op>& m, int64_t block) {
+template <class T, class Op>
+void pack_planes(const GroupNormSilu& g, int64_t n, const ChannelTable<Acc<T>>& t, const Sample<Op>& m, int64_t block) {
   typedef typename Op::V V;
   constexpr int N = Tile<Op>::N;
   for (int64_t c = 0; c < g.c; c += Op::step)
@@ -75,12 +78,15 @@ template <class T, class Op> void pack_planes(const GroupNormSilu& g, int64_t n,
 }
 
 // Channels-last: N pixels of N channels are turned over in registers.
-template <class T, class Op> void pack_rows(const GroupNormSilu& g, int64_t n, const ChannelTable<Acc<T>>& t, const Sample<Op>& m, int64_t block) {
+template <class T, class Op>
+void pack_rows(const GroupNormSilu& g, int64_t n, const ChannelTable<Acc<T>>& t, const Sample<Op>& m, int64_t block) {
   typedef typename Op::V V;
   constexpr int N = Tile<Op>::N;
   for (int64_t c = 0; c < g.c; c += N) {
     const int channels = at_most(g.c - c, N);
-    const auto some = [&](const auto* p) __attribute__((always_inline)) { return channels == N ? load(p) : load_some(p, channels); };
+    const auto some = [&](const auto* p) __attribute__((always_inline)) {
+      return channels == N ? load(p) : load_some(p, channels);
+    };
     const V center = some(t.m + c), slope = some(t.a + c), offset = some(t.b + c);
     for (int j = 0; j < kVectors; ++j) {
       V r[N];
@@ -123,7 +129,8 @@ void maps(const GroupNormSilu& g, int64_t n, double* moments, const ChannelTable
 
 // ---- q, k, v
 
-template <class Op> FD_INLINE void keep(const Sample<Op>& m, const Tile<Op>& t, int64_t part, int64_t head, int64_t f, int rows, int64_t block) {
+template <class Op>
+FD_INLINE void keep(const Sample<Op>& m, const Tile<Op>& t, int64_t part, int64_t head, int64_t f, int rows, int64_t block) {
   typedef typename Op::Word Word;
   constexpr int N = Tile<Op>::N, lanes = kLanes<Op>;
   for (int i = 0; i < rows; i += part == 2 ? 1 : Op::step) {
@@ -139,7 +146,8 @@ template <class Op> FD_INLINE void keep(const Sample<Op>& m, const Tile<Op>& t, 
         for (int p = 0; p < lanes; p += kTileRows)
           __builtin_memcpy(m.k(head, (block * lanes + p) / kTileRows, r), keys + p, kTileRows * sizeof(Word));
       else
-        for (int p = 0; p < lanes; ++p) m.k(head, (block * lanes + p) / kTileRows, r)[(block * lanes + p) % kTileRows] = keys[p];
+        for (int p = 0; p < lanes; ++p)
+          m.k(head, (block * lanes + p) / kTileRows, r)[(block * lanes + p) % kTileRows] = keys[p];
     }
   }
 }
@@ -168,7 +176,8 @@ template <class Op> void project_in(const GroupNormAttention& a, const Sample<Op
 // ---- attention
 
 // kLanes queries of one head. scores: [s, kLanes].
-template <class Op> void attend(const GroupNormAttention& a, const Sample<Op>& m, int64_t head, int64_t block, typename Op::Word* scores) {
+template <class Op>
+void attend(const GroupNormAttention& a, const Sample<Op>& m, int64_t head, int64_t block, typename Op::Word* scores) {
   typedef typename Op::V V;
   constexpr int N = Tile<Op>::N, lanes = kLanes<Op>;
   const V scale = splat<V>(static_cast<typename Op::Word>(a.scale));
@@ -176,7 +185,8 @@ template <class Op> void attend(const GroupNormAttention& a, const Sample<Op>& m
   for (int j = 0; j < kVectors; ++j) top[j] = splat<V>(-std::numeric_limits<typename Op::Word>::infinity());
   for (int64_t key = 0; key < m.s; key += kTileRows) {
     Tile<Op> t;
-    t.template product<true>(reinterpret_cast<const typename Op::Stored*>(m.k(head, key / kTileRows)), 0, 0, m.q(head, block), m.d);
+    t.template product<true>(reinterpret_cast<const typename Op::Stored*>(m.k(head, key / kTileRows)), 0, 0,
+                             m.q(head, block), m.d);
     const int rows = at_most(m.s - key, kTileRows);
     for (int i = 0; i < rows; ++i)
       for (int j = 0; j < kVectors; ++j) {
@@ -217,7 +227,9 @@ template <class Op> void attend(const GroupNormAttention& a, const Sample<Op>& m
 template <class Op> constexpr int kTogether = std::lcm(kTileRows, Tile<Op>::N);
 
 // y = (x + values) scale of `channels` channels from c on; values [channels, kLanes].
-template <class T, class Op> FD_INLINE void finish(const GroupNormAttention& a, int64_t n, int64_t c, int channels, int64_t block, const typename Op::Word* values) {
+template <class T, class Op>
+FD_INLINE void finish(const GroupNormAttention& a, int64_t n, int64_t c, int channels, int64_t block,
+                      const typename Op::Word* values) {
   typedef typename Op::V V;
   constexpr int N = Tile<Op>::N, lanes = kLanes<Op>;
   const GroupNormSilu& g = a.norm;
@@ -245,7 +257,8 @@ template <class T, class Op> FD_INLINE void finish(const GroupNormAttention& a, 
   }
 }
 
-template <class T, class Op> void project_out(const GroupNormAttention& a, const Sample<Op>& m, int64_t n, int64_t begin, int64_t end) {
+template <class T, class Op>
+void project_out(const GroupNormAttention& a, const Sample<Op>& m, int64_t n, int64_t begin, int64_t end) {
   typedef typename Op::Word Word;
   constexpr int N = Tile<Op>::N, lanes = kLanes<Op>, together = kTogether<Op>;
   const int64_t inner = a.heads * a.d;
@@ -261,7 +274,8 @@ template <class T, class Op> void project_out(const GroupNormAttention& a, const
         t.template product<false>(weight + first * inner, inner, rows, m.panel(m.e, block), m.e);
         for (int i = 0; i < rows; ++i)
           for (int j = 0; j < kVectors; ++j)
-            store(values + (first + i) * lanes + j * N, t.sum[i][j] + splat<typename Op::V>(bias ? bias[c + first + i] : Word(0)));
+            store(values + (first + i) * lanes + j * N,
+                  t.sum[i][j] + splat<typename Op::V>(bias ? bias[c + first + i] : Word(0)));
       }
       finish<T, Op>(a, n, c, channels, block, values);
     }
@@ -272,7 +286,8 @@ template <class T, class Op> void run(const GroupNormAttention& a) {
   typedef Acc<T> A;
   const GroupNormSilu& g = a.norm;
   Sample<Op> sizes(a);
-  const int64_t tiles_in = 3 * a.heads * ((a.d + kTileRows - 1) / kTileRows), tiles_out = (g.c + kTogether<Op> - 1) / kTogether<Op>;
+  const int64_t tiles_in = 3 * a.heads * ((a.d + kTileRows - 1) / kTileRows),
+      tiles_out = (g.c + kTogether<Op> - 1) / kTogether<Op>;
   const int64_t table_at = sizes.bytes + aligned(pieces_of(g) * 2 * g.c * 8);
   // A sample a thread where there are enough samples, else a sample after the other by all threads; same sums either way.
   const bool inner = g.n < threads();

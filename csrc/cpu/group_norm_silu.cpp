@@ -90,7 +90,9 @@ FD_INLINE void apply_rows(const GroupNormSilu& g, const ChannelTable<Acc<T>>& k,
 template <class T, bool silu> void rows(const GroupNormSilu& g) {
   typedef Acc<T> A;
   const int64_t pieces = pieces_of(g), table_at = aligned(pieces * 2 * g.c * 8);
-  const auto first = [&](char* memory, int64_t n, int64_t item) { item_moments<T>(g, n, item, reinterpret_cast<double*>(memory)); };
+  const auto first = [&](char* memory, int64_t n, int64_t item) {
+    item_moments<T>(g, n, item, reinterpret_cast<double*>(memory));
+  };
   const auto finish = [&](char* memory, int64_t n) {
     double* moments = reinterpret_cast<double*>(memory);
     const ChannelTable<A> table(memory + table_at, g.c);

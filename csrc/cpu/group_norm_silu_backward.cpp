@@ -171,8 +171,8 @@ template <class T, bool silu> void planes(const GroupNormSilu& g, double* share)
 
 // One stretch of J vectors of channels from c on, over pixels begin ... end - 1: P, Q, H to `out`, [3, M N].
 template <class T, bool silu, int J>
-__attribute__((noinline)) void sums_stretch(const GroupNormSilu& g, int64_t n, int64_t c, int64_t begin, int64_t end, int some,
-                                            const ChannelTable<Acc<T>>& map, Acc<T>* out) {
+__attribute__((noinline)) void sums_stretch(const GroupNormSilu& g, int64_t n, int64_t c, int64_t begin, int64_t end,
+                                            int some, const ChannelTable<Acc<T>>& map, Acc<T>* out) {
   typedef Vec<Acc<T>> V;
   constexpr int N = Simd<Acc<T>>::N, M = J ? J : 1;
   V m[M], a[M], b[M], p[M] = {}, q[M] = {}, h[M] = {};

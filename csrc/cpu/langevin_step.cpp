@@ -112,6 +112,8 @@ template <class A> void langevin_all(LangevinStep a) {
   each_tile([&](Work<A>& work, int64_t task) { work.apply(ratio[task / tiling.count]); });
 }
 
-inline void langevin_step(const LangevinStep& a) { a.x.dtype == Dtype::f64 ? langevin_all<double>(a) : langevin_all<float>(a); }
+inline void langevin_step(const LangevinStep& a) {
+  a.x.dtype == Dtype::f64 ? langevin_all<double>(a) : langevin_all<float>(a);
+}
 
 #endif

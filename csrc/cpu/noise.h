@@ -5,7 +5,8 @@ struct Stream { uint32_t k0, k1, draw, domain; };  // a sample's seed words, and
 
 FD_INLINE Stream stream_of(int64_t seed, int64_t draw, int64_t domain) {
   const uint64_t bits = static_cast<uint64_t>(seed);
-  return {static_cast<uint32_t>(bits), static_cast<uint32_t>(bits >> 32), static_cast<uint32_t>(draw), static_cast<uint32_t>(domain)};
+  return {static_cast<uint32_t>(bits), static_cast<uint32_t>(bits >> 32), static_cast<uint32_t>(draw),
+          static_cast<uint32_t>(domain)};
 }
 
 // Four words of each block, one 64-bit lane a block; only the low halves of w count, the high halves are leftovers.

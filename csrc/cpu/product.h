@@ -12,7 +12,8 @@ constexpr int kTileRows = 6;  // 12 sums in 16 registers
 constexpr int kTileRows = 4;
 #endif
 constexpr int kVectors = 2;
-constexpr int64_t kRun = 128;  // words summed one after the other: rounding grows with a run's length, then with their number
+// Words summed one after the other: rounding grows with a run's length, then with their number
+constexpr int64_t kRun = 128;
 
 template <class A> struct Plain {
   typedef A Stored;
@@ -49,8 +50,10 @@ template <class Op> struct Tile {
   static constexpr int N = Simd<Word>::N;
   V sum[kTileRows][kVectors];
 
-  // sum = a panel. packed: a is [words][kTileRows] words, else `rows` rows of `stride` elements (the last stands in for more).
-  template <bool packed> FD_INLINE void product(const Stored* a, int64_t stride, int rows, const Word* panel, int64_t words) {
+  // sum = a panel. packed: a is [words][kTileRows] words, else `rows` rows of `stride` elements (the last stands in
+  // for more).
+  template <bool packed>
+  FD_INLINE void product(const Stored* a, int64_t stride, int rows, const Word* panel, int64_t words) {
     const Stored* row[kTileRows];
     for (int i = 0; i < kTileRows; ++i) {
       row[i] = packed ? a + i * Op::step : a + (i < rows ? i : rows - 1) * stride;

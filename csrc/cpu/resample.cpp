@@ -142,7 +142,8 @@ template <bool zip, class V> FD_INLINE V pick(V a, V b, int start) {
 
 // A row of y that meets the same taps and pixels as the row before (nearest neighbour) is copied. Not channels-last, where
 // copying from y instead of from x is 1.3 times slower.
-template <class T> FD_INLINE bool repeats(const Resample& a, const Hits* rows, int64_t row, bool started, int64_t bytes, T* y) {
+template <class T>
+FD_INLINE bool repeats(const Resample& a, const Hits* rows, int64_t row, bool started, int64_t bytes, T* y) {
   if (!started || row == 0 || !(rows[row] == rows[row - 1])) return false;
   std::memcpy(static_cast<void*>(y), y - a.y.h, bytes);
   return true;

@@ -7,7 +7,9 @@ namespace fastdiff {
 struct Image {
   void* data;
   int64_t n, c, h, w;
-  template <class T> T* at(int64_t in, int64_t ic, int64_t ih) const { return static_cast<T*>(data) + in * n + ic * c + ih * h; }
+  template <class T> T* at(int64_t in, int64_t ic, int64_t ih) const {
+    return static_cast<T*>(data) + in * n + ic * c + ih * h;
+  }
 };
 
 struct Resample {

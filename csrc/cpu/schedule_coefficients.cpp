@@ -39,7 +39,8 @@ Path path_at(const ScheduleCoefficients& c, double t) {
 
 void edm(const ScheduleCoefficients& c, const Path& p, double r, double dr, double* out) {
   const double sd = c.sigma_data, w = r - c.shift, m = w * w + sd * sd, h2 = r * r + sd * sd, h = std::sqrt(h2);
-  out[kSkip] = sd * sd / m / p.a, out[kOut] = sd * w / h, out[kIn] = 1 / (p.a * h), out[kNoise] = c.time_scale * std::log(r) / 4;
+  out[kSkip] = sd * sd / m / p.a, out[kOut] = sd * w / h, out[kIn] = 1 / (p.a * h),
+      out[kNoise] = c.time_scale * std::log(r) / 4;
   if (!c.slopes) return;
   out[kSkip] *= -2 * w * dr / m - p.da / p.a;
   out[kOut] = sd * dr * (sd * sd + c.shift * r) / (h2 * h);

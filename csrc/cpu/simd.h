@@ -112,7 +112,8 @@ FD_INLINE vd exponential(vd x) {
 }
 
 // 1 + exp(-s), from 1 to infinity; NaN passes through. On AVX-512 2^t is cheaper: t rounded, a minimax polynomial of degree
-// 5 (relative error 1.5e-7) or, rough, 4 (2.6e-6) for the rest, scaled without a clamp above; the one below keeps s = infinity.
+// 5 (relative error 1.5e-7) or, rough, 4 (2.6e-6) for the rest, scaled without a clamp above; the one below keeps
+// s = infinity.
 template <bool rough = false> FD_INLINE vf inverse_sigmoid(vf s) {
 #if FASTDIFF_LEVEL >= 2
   const vf t = _mm512_max_ps(splat<vf>(-126.0f), s * -1.44269504088896341f);

@@ -83,7 +83,10 @@ template <class S> const S* read_tile(const View& v, const Tiling& t, int64_t n,
   with_dtype(v.dtype, [&](auto type) {
     typedef decltype(type) T;
     if constexpr (std::is_same_v<S, T>)
-      if (with_pixels(v, t, [&](auto c) { split_pixels<c.value>(v.at<const Bits<T>>(n, 0, first), length, reinterpret_cast<Bits<T>*>(scratch)); })) return;
+      if (with_pixels(v, t, [&](auto c) {
+            split_pixels<c.value>(v.at<const Bits<T>>(n, 0, first), length, reinterpret_cast<Bits<T>*>(scratch));
+          }))
+        return;
     for (int64_t c = 0; c < t.channels; ++c) read_run(v.at<const T>(n, c, first), v.s, length, scratch + c * length);
   });
   return scratch;
@@ -93,12 +96,16 @@ template <class S> void write_tile(const View& v, const Tiling& t, int64_t n, in
   with_dtype(v.dtype, [&](auto type) {
     typedef decltype(type) T;
     if constexpr (std::is_same_v<S, T>)
-      if (with_pixels(v, t, [&](auto c) { join_pixels<c.value>(v.at<Bits<T>>(n, 0, first), length, reinterpret_cast<const Bits<T>*>(in)); })) return;
+      if (with_pixels(v, t, [&](auto c) {
+            join_pixels<c.value>(v.at<Bits<T>>(n, 0, first), length, reinterpret_cast<const Bits<T>*>(in));
+          }))
+        return;
     for (int64_t c = 0; c < t.channels; ++c) write_run(v.at<T>(n, c, first), v.s, length, in + c * length);
   });
 }
 
-// The tile's noise: elements are numbered in logical order, channel times all pixels plus pixel. `scratch` [length], for pixels.
+// The tile's noise: elements are numbered in logical order, channel times all pixels plus pixel. `scratch` [length], for
+// pixels.
 inline void noise_tile(const Stream& s, const Tiling& t, int64_t first, int64_t length, float* out, float* scratch) {
   if (t.walk != Walk::pixels) {
     for (int64_t c = 0; c < t.channels; ++c) noise_run(s, c * t.pixels + first, length, out + c * length);

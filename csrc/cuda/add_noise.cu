@@ -1,4 +1,5 @@
-// add_noise on CUDA: x0 is read once, the noise made once, each of the K linear forms stored. Formula: fastdiff/ops/add_noise.py.
+// add_noise on CUDA: x0 is read once, the noise made once, each of the K linear forms stored. Formula:
+// fastdiff/ops/add_noise.py.
 #include "cuda/add_noise.h"
 #include "cuda/memory.cuh"
 #include "cuda/philox.cuh"
@@ -17,7 +18,8 @@ __global__ void __launch_bounds__(256, 2) forms(AddNoise a, Lie lie, Lie to) {
       float z[E];
       read<1, E, T>(a.x0, lie, at, x);
 #pragma unroll
-      for (int i = 0; i < E; i += 4) normals(stream, static_cast<uint64_t>(at.first + i) / 4, *reinterpret_cast<float(*)[4]>(z + i));
+      for (int i = 0; i < E; i += 4)
+        normals(stream, static_cast<uint64_t>(at.first + i) / 4, *reinterpret_cast<float(*)[4]>(z + i));
       Place there = at;
       for (int64_t k = 0; k < a.k; ++k, there.sample += a.n) {
 #pragma unroll
@@ -32,7 +34,8 @@ template <class A, class T> void launch(const AddNoise& a, cudaStream_t stream) 
   constexpr int E = sizeof(T) == 2 ? 8 : 4;
   const View out{a.out, a.c * a.s, a.s, 1, a.x0.dtype};
   const bool whole = a.c * a.s % E == 0;
-  forms<E, A, T><<<grid_of((a.c * a.s + E - 1) / E, a.n), 256, 0, stream>>>(a, lie_of(a.x0, a.c, a.s, 1, E, whole), lie_of(out, a.c, a.s, 1, E, whole));
+  const Lie lie = lie_of(a.x0, a.c, a.s, 1, E, whole), to = lie_of(out, a.c, a.s, 1, E, whole);
+  forms<E, A, T><<<grid_of((a.c * a.s + E - 1) / E, a.n), 256, 0, stream>>>(a, lie, to);
 }
 
 }  // namespace

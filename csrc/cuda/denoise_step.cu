@@ -18,7 +18,8 @@ __device__ float exponential(float x) {
   x = x < -87.0f ? -87.0f : x;
   const float n = __fadd_rn(mul_add(x, 1.44269504088896341f, 12582912.0f), -12582912.0f);  // nearest integer
   const float r = mul_add(n, 2.12194440e-4f, mul_add(n, -0.693359375f, x));
-  constexpr float c[] = {1.9875691500e-4f, 1.3981999507e-3f, 8.3334519073e-3f, 4.1665795894e-2f, 1.6666665459e-1f, 5.0000001201e-1f};
+  constexpr float c[] = {1.9875691500e-4f, 1.3981999507e-3f, 8.3334519073e-3f, 4.1665795894e-2f, 1.6666665459e-1f,
+                         5.0000001201e-1f};
   const float p = __fadd_rn(mul_add(polynomial(c, r), __fmul_rn(r, r), r), 1.0f);
   return __fmul_rn(p, __int_as_float((__float2int_rn(n) + 127) << 23));
 }
@@ -66,7 +67,10 @@ __global__ void __launch_bounds__(256) step(DenoiseStep a, Lies lie) {
     const A n_1 = c[column::kN1], n_2 = c[column::kN2], n_v = a.v.data ? c[column::kNV] : A(0);
     const int32_t keep = a.f.data && known && k[code::kSaveD] < a.slots ? k[code::kSaveD] : -1;
     const bool evaluated = a.f.data && (of_d != 0 || of_clip != 0 || keep >= 0);
-    const A guide = a.f_u.data ? mul_add(c[column::kGuide], static_cast<const A*>(a.guidance)[a.guidance_per_sample ? at.sample : 0], -c[column::kGuide]) : A(0);
+    const A guide = a.f_u.data ? mul_add(c[column::kGuide],
+                                         static_cast<const A*>(a.guidance)[a.guidance_per_sample ? at.sample : 0],
+                                         -c[column::kGuide])
+                               : A(0);
     const int64_t seed = a.seeds[at.sample];
 
     for (at.first = (int64_t{blockIdx.x} * blockDim.x + threadIdx.x) * E; at.first < end; at.first += stride) {
@@ -90,7 +94,8 @@ __global__ void __launch_bounds__(256) step(DenoiseStep a, Lies lie) {
         if (guide != 0) {
           read<C, E, T>(a.f_u, lie.f_u, at, other);
 #pragma unroll
-          for (int i = 0; i < C * E; ++i) f[i / E][i % E] = mul_add(guide, f[i / E][i % E] - other[i / E][i % E], f[i / E][i % E]);
+          for (int i = 0; i < C * E; ++i)
+            f[i / E][i % E] = mul_add(guide, f[i / E][i % E] - other[i / E][i % E], f[i / E][i % E]);
         }
         const A skip = c[column::kSkip], of_f = c[column::kOut];
         const bool clipped = k[code::kSaveClipped] == 1;
@@ -108,7 +113,8 @@ __global__ void __launch_bounds__(256) step(DenoiseStep a, Lies lie) {
         read<C, E, T>(a.v, lie.v, at, other);
 #pragma unroll
         for (int i = 0; i < C * E; ++i)
-          other[i / E][i % E] = mul_add(n_v, exponential(mul_add(other[i / E][i % E], (high - low) / 4, (high + low) / 4)), n_1);
+          other[i / E][i % E] =
+              mul_add(n_v, exponential(mul_add(other[i / E][i % E], (high - low) / 4, (high + low) / 4)), n_1);
       } else {
 #pragma unroll
         for (int i = 0; i < C * E; ++i) other[i / E][i % E] = n_1;

@@ -38,7 +38,8 @@ __global__ void __launch_bounds__(256, 2) normalise(const __grid_constant__ Grou
     if (p.ranks > 1) {
       const auto cluster = cooperative_groups::this_cluster();
       cluster.sync();
-      block.template merge<given>(a, p, t, [&](int r) { return static_cast<const float*>(cluster.map_shared_rank(block.part, r)); });
+      block.template merge<given>(a, p, t,
+                                  [&](int r) { return static_cast<const float*>(cluster.map_shared_rank(block.part, r)); });
       cluster.barrier_arrive();  // no block may end while another reads its moments: the wait is the last thing done
     } else
 #endif

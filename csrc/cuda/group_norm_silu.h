@@ -22,8 +22,8 @@ struct GroupNormSiluCuda {
   float* stats;                            // [n, groups, 2]
 };
 
-// How the work is cut. A slice, one sample's pixels of `width` neighbouring channels (whole groups, 16-byte vectors), belongs
-// to a cluster of `ranks` blocks of kThreads threads; each keeps `rows` of its pixels in shared memory.
+// How the work is cut. A slice, one sample's pixels of `width` neighbouring channels (whole groups, 16-byte vectors),
+// belongs to a cluster of `ranks` blocks of kThreads threads; each keeps `rows` of its pixels in shared memory.
 struct NormPlan {
   int width = 0;  // 0: no plan, the slice does not fit
   int slices = 0;  // of a sample; the last one may be narrower

@@ -227,7 +227,8 @@ template <class T> struct NormBlock {
 
   // The slice's statistics from all ranks' parts, in order: Chan's merge, of means less the first
   // one's, since a float mean of an image far from zero has no digits left for them. theirs(rank): that block's `part`.
-  template <bool given, class F> FD_DEVICE void merge(const GroupNormSiluCuda& a, const NormPlan& p, int t, const F& theirs) const {
+  template <bool given, class F>
+  FD_DEVICE void merge(const GroupNormSiluCuda& a, const NormPlan& p, int t, const F& theirs) const {
     if (t >= groups) return;
     float* out = a.stats + 2 * (n * a.groups + c0 / per + t);
     if constexpr (!given) {

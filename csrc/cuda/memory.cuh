@@ -51,7 +51,8 @@ enum class Lie {
   apart    // each by itself
 };
 
-// Where a thread is: element `first` of the sample (C = 1), or pixel `first` of every channel; `end` elements or pixels exist.
+// Where a thread is: element `first` of the sample (C = 1), or pixel `first` of every channel; `end` elements or pixels
+// exist.
 struct Place { int64_t sample, first, end, pixels; };
 
 template <int C, int E, class T, class A> __device__ void read(const View& t, Lie lie, const Place& at, A (&v)[C][E]) {
@@ -74,7 +75,8 @@ template <int C, int E, class T, class A> __device__ void read(const View& t, Li
     }
   }
 }
-template <int C, int E, class T, class A> __device__ void write(const View& t, Lie lie, const Place& at, const A (&v)[C][E]) {
+template <int C, int E, class T, class A>
+__device__ void write(const View& t, Lie lie, const Place& at, const A (&v)[C][E]) {
   T* p = static_cast<T*>(t.data) + at.sample * t.n;
   if (lie == Lie::run) {
 #pragma unroll

@@ -1,5 +1,5 @@
-// Philox4x32-10 and Box-Muller for one thread; docs/noise.md fixes every rounding. The _rn intrinsics are never contracted, so
-// that a kernel file is right whatever its flags (the build also says --fmad=false).
+// Philox4x32-10 and Box-Muller for one thread; docs/noise.md fixes every rounding. The _rn intrinsics are never contracted,
+// so that a kernel file is right whatever its flags (the build also says --fmad=false).
 #pragma once
 
 #include <cuda_runtime.h>
@@ -23,7 +23,8 @@ __device__ inline uint4 philox(Stream s, uint64_t block) {
   uint4 c = {static_cast<uint32_t>(block), static_cast<uint32_t>(block >> 32), s.draw, s.domain};
 #pragma unroll
   for (int round = 0; round < kPhiloxRounds; ++round) {
-    const uint32_t lo0 = kPhiloxM0 * c.x, hi0 = __umulhi(kPhiloxM0, c.x), lo1 = kPhiloxM1 * c.z, hi1 = __umulhi(kPhiloxM1, c.z);
+    const uint32_t lo0 = kPhiloxM0 * c.x, hi0 = __umulhi(kPhiloxM0, c.x), lo1 = kPhiloxM1 * c.z,
+        hi1 = __umulhi(kPhiloxM1, c.z);
     c = {hi1 ^ c.y ^ s.k0, lo1, hi0 ^ c.w ^ s.k1, lo0};
     s.k0 += kPhiloxW0;
     s.k1 += kPhiloxW1;

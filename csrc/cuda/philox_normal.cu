@@ -14,7 +14,8 @@ __global__ void __launch_bounds__(256) fill(PhiloxNormal a, Lie lie) {
     for (at.first = (int64_t{blockIdx.x} * blockDim.x + threadIdx.x) * E; at.first < a.size; at.first += stride) {
       float z[1][E];
 #pragma unroll
-      for (int i = 0; i < E; i += 4) normals(stream, static_cast<uint64_t>(at.first + i) / 4, *reinterpret_cast<float(*)[4]>(z[0] + i));
+      for (int i = 0; i < E; i += 4)
+        normals(stream, static_cast<uint64_t>(at.first + i) / 4, *reinterpret_cast<float(*)[4]>(z[0] + i));
       write<1, E, T>(View{a.out, a.size, a.size, 1, a.dtype}, lie, at, z);
     }
   }

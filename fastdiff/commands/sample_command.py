@@ -19,7 +19,8 @@ from fastdiff.sample import Samples
 from fastdiff.sample import run as draw
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
-USED = ("philox_normal", "denoise_step", "group_norm_silu")  # what sampling with a UNet runs
+# What sampling with a UNet runs
+USED = ("philox_normal", "denoise_step", "group_norm_silu", "group_norm_attention", "embedding")
 
 
 def run(

@@ -61,11 +61,6 @@ def define(name: str, schema: str, reference: Callable, fake: Callable) -> None:
     _DEFAULTS[name] = default
 
 
-def implement(name: str, fn: Callable, key: str) -> None:
-    """Register `fn` as the implementation of `fastdiff::name` under the dispatch key `key` ("CUDA", ...)."""
-    _LIBRARY.impl(name, fn, key)
-
-
 def overload(name: str):
     """The dispatcher's handle of `fastdiff::name`."""
     return getattr(getattr(torch.ops, NAMESPACE), name).default
@@ -155,7 +150,7 @@ def load_triton(on_cuda: Mapping[str, tuple[str, str]]) -> None:
         launcher = _lazily(name) if triton_error is None and importlib.util.find_spec(f"{KERNELS}.{name}") else None
         if _has_kernel(name, "CUDA"):
             _LIBRARY.define(f"{name}_triton{schema}")
-            implement(f"{name}_triton", launcher or _DEFAULTS[name], "CUDA")
+            _LIBRARY.impl(f"{name}_triton", launcher or _DEFAULTS[name], "CUDA")
         if launcher:
             _choose(name, launcher, on_cuda.get(name, ("cuda", ""))[0])
 
@@ -197,7 +192,7 @@ def load_composed() -> None:
     for name, fn in _COMPOSED.items():
         for key in ("CPU", "CUDA"):
             if not _has_kernel(name, key):
-                implement(name, fn, key)
+                _LIBRARY.impl(name, fn, key)
                 _COMPOSED_FOR.add((name, key))
 
 

@@ -78,7 +78,7 @@ PRESETS: dict[str, TrainConfig] = {
         images=300_000,
         lr=1e-3,
         optimizer="radam",
-        times={1: [80.0], 2: [80.0, 1.4], 4: [80.0, 5.0, 1.2, 0.5]},
+        times={1: [80.0], 2: [80.0, 1.4], 4: [80.0, 7.0, 1.2, 1.0]},
         init="mnist-edm",
     ),
 }

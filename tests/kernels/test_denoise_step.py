@@ -41,11 +41,14 @@ def inputs(shape, layout, net_layout, dtype, slots=2, has_F=True, has_saved=True
     return [x, F if has_F else None, saved if has_saved else torch.empty(0), history, net_in]
 
 
-def compare(launch, device, tensors, row, coefficients, codes):
+def compare(launch, device, tensors, row, coefficients, codes, *branches):
+    """branches: F_u, guidance, V."""
+
     def run(step, to):
-        moved = [None if t is None else to(t) for t in (*tensors, coefficients)]
-        step(*moved[:-1], seed_tensor(SEEDS, moved[0].device), moved[-1], codes.to(moved[0].device), row.to(moved[0].device))
-        return [None if t is None else t.cpu() for t in moved[:-1]]
+        moved, table, more = ([None if t is None else to(t) for t in ts] for ts in (tensors, [coefficients], branches))
+        on = moved[0].device
+        step(*moved, seed_tensor(SEEDS, on), *table, codes.to(on), row.to(on), *more)
+        return [None if t is None else t.cpu() for t in moved]
 
     ours = run(launch, lambda t: _keep(t, device))
     plain = run(reference, lambda t: _keep(t, "cpu"))
@@ -76,14 +79,64 @@ def test_rows(launch, device, row, has):
     compare(launch, device, tensors, torch.tensor(row), *tables())
 
 
+NAN = float("nan")
+
+
+def halves(shape, layout, dtype, dim):
+    """The two halves of one network output, whose batch (dim 0) or channels (dim 1) are doubled."""
+    return lay(torch.randn([2 * n if d == dim else n for d, n in enumerate(shape)]), layout).to(dtype).chunk(2, dim)
+
+
+def rows_apart():
+    """Row r is sample r's: guidance off, on, a share of it; the learned deviation beside n_1, alone, off."""
+    coefficients, codes = tables()
+    coefficients[:3, C.GUIDE] = torch.tensor([0.0, 1.0, 0.3])
+    coefficients[:3, C.N1] = torch.tensor([0.5, 0.0, 0.7])
+    coefficients[:3, C.N_V] = torch.tensor([-0.4, 1.2, 0.0])
+    coefficients[:, C.LOG_MIN], coefficients[:, C.LOG_MAX] = -6.0, -1.0
+    return coefficients, codes
+
+
+@pytest.mark.parametrize("layout", LAYOUTS[:2])
+@pytest.mark.parametrize("weight", [[2.5], [1.0], [4.0, -0.5, 1.0]], ids=str)
+def test_guidance(launch, device, weight, layout):
+    """F and F_u from one doubled batch, the next input written for both; where g (w - 1) = 0, F_u is not read."""
+    shape, dtype = (3, 6, 4, 8), torch.bfloat16 if layout == "channels_last" else torch.float32
+    tensors = inputs(shape, "contiguous", layout, dtype)
+    tensors[1], F_u = halves(shape, layout, dtype, 0)
+    tensors[4] = lay(torch.zeros(6, *shape[1:]), layout).to(dtype)
+    coefficients, codes = rows_apart()
+    guidance = torch.tensor(weight)
+    F_u[coefficients[:3, C.GUIDE] * (guidance - 1) == 0] = NAN
+    compare(launch, device, tensors, torch.arange(3), coefficients, codes, F_u, guidance, None)
+
+
+@pytest.mark.parametrize("guided", [False, True], ids=["alone", "guided"])
+@pytest.mark.parametrize("layout", LAYOUTS[:2])
+def test_learned_variance(launch, device, layout, guided):
+    """F and V are the halves of one output; where n_v = 0, V is not read. Guided: of a doubled batch, V its first half's."""
+    shape, dtype = (3, 3, 4, 8), torch.float32 if guided else torch.bfloat16
+    tensors = inputs(shape, layout, layout, dtype)
+    F, V = halves((6, *shape[1:]), layout, dtype, 1)
+    V[2] = NAN
+    tensors[1], tensors[4] = F[:3], lay(torch.zeros(6, *shape[1:]), layout).to(dtype)
+    more = (F[3:], torch.tensor([1.5])) if guided else (None, None)
+    compare(launch, device, tensors, torch.arange(3), *rows_apart(), *more, V[:3])
+
+
+@pytest.mark.parametrize("split", [(3,), (1, 2)], ids=str)
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_noise_bits(launch, device, layout):
+def test_noise_bits(launch, device, layout, split):
     """A row that is nothing but its first noise term; test_add_noise compares more values of the same device function."""
-    x, F, saved, history, net_in = (t.to(device) for t in inputs((3, 32, 12, 20), layout, layout, torch.float32, 0))
+    tensors = inputs((3, 32, 12, 20), layout, layout, torch.float32, 0)
+    x, F, saved, history, net_in = (_keep(t, device) for t in tensors)
     coefficients, codes = torch.zeros(1, len(C)), torch.tensor([[2**31 - 1, 0, 0, -1, 0]], dtype=torch.int32)
     coefficients[0, C.N1] = 1
-    row = torch.zeros(1, dtype=torch.int64, device=device)
-    launch(x, F, saved, history, net_in, seed_tensor(SEEDS, device), coefficients.to(device), codes.to(device), row)
+    rest = coefficients.to(device), codes.to(device), torch.zeros(1, dtype=torch.int64, device=device)
+    seeds = seed_tensor(SEEDS, device).split(split)
+    parts = (t.split(split, 1 if t is history else 0) for t in (x, F, saved, history, net_in))
+    for *part, seed in zip(*parts, seeds, strict=True):
+        launch(*part, seed, *rest)
     assert torch.equal(x.cpu(), normal_float32(seed_tensor(SEEDS), 2**31 - 1, Domain.STEP, x.shape[1:]))
 
 

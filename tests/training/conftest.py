@@ -7,22 +7,12 @@ import struct
 import numpy as np
 import pytest
 import torch
+from tiny import tiny
 
-from fastdiff import Prediction, UNetConfig, schedules
+from fastdiff import Prediction, schedules
 from fastdiff.training import ImageData, TrainConfig
 
-NETWORK = UNetConfig(
-    resolution=8,
-    in_channels=1,
-    out_channels=1,
-    channels=8,
-    multipliers=(1, 2),
-    blocks=1,
-    attention=(4,),
-    groups=4,
-    dropout=0.2,
-    labels=2,
-)
+NETWORK = tiny(dropout=0.2, labels=2)
 
 
 def write_idx(path, array):

@@ -1,0 +1,17 @@
+"""`pytest` alone runs the tests in as many processes as there are cores, a file at a time, one thread each; `pytest -n 0` in one."""
+
+import os
+
+import pytest
+
+MOST = 8  # processes; each holds torch and some data, about a gigabyte
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when torch is imported
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_cmdline_main(config):
+    everything = config.args_source is config.ArgsSource.TESTPATHS
+    if everything and getattr(config.option, "numprocesses", 0) is None and not config.option.usepdb:
+        config.option.numprocesses, config.option.dist = min(os.cpu_count() or 1, MOST), "loadfile"
