@@ -11,8 +11,10 @@ The cases are in ahead/<op>.py, one file an op:
     def cases(case):                                one launch per variant worth compiling
         case("contiguous float32"); launcher(*tensors)
     def huge(): launcher(*tensors)                  optional: past 2^31 elements; only addresses count
-    NARROW = {"_kernel loads": "why"}               optional: "loads" or "stores" that need not be 128 bits wide
-    STACK = {"_kernel": (bytes, "why")}             optional: most stack it may have, for spills or else
+    NARROW = {"_kernel loads": "why"}               optional: "loads" or "stores" that need not be 128 bits wide, in every
+                                                    case or, as "_kernel loads, case", in one
+    STACK = {"_kernel": (bytes, "why")}             optional: most stack it may have, for spills or else; a case
+                                                    after a comma, as in NARROW
 """
 
 import argparse

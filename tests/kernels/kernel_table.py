@@ -65,8 +65,8 @@ def table(facts: list[dict], columns: tuple[str, ...]) -> list[str]:
 def triton_section(facts: list[dict]) -> list[str]:
     facts = [f | {"kernel": f"`{f['kernel']}`"} for f in facts if f["case"] != "huge"]
     notes = [
-        f"`{kernel}`: up to {most} bytes of stack; {why}."
-        for stacks in ahead_cases.declared("STACK").values()
+        f"- {op}, {kernel}: up to {most} bytes of stack; {why}."
+        for op, stacks in ahead_cases.declared("STACK").items()
         for kernel, (most, why) in stacks.items()
     ]
     return ["", "## Triton", "", *table(facts, ("op", "kernel", "case", "threads")), "", *notes]

@@ -50,14 +50,27 @@ def spills(sass: list[str]) -> int:
 
 
 def contractions(sass: list[str]) -> int:
-    """Fused multiply-adds beyond those of correctly rounded square roots.
+    """Fused multiply-adds beyond those of correctly rounded square roots and quotients.
 
     sqrt.rn.f32 is MUFU.RSQ and two FFMA that refine it, in line for each root; one routine of three FFMA and its own
-    MUFU.RSQ, shared by all of them, serves operands at the ends of the range.
+    MUFU.RSQ, shared by all of them, serves operands at the ends of the range. div.rn.f32 likewise is MUFU.RCP and five
+    FFMA, and ten in its routine, which rounds in three directions.
     """
     ops = operations(sass)
-    roots, fused = ops.count("MUFU.RSQ"), sum(op.startswith("FFMA") for op in ops)
-    return fused - (2 * (roots - 1) + 3 if roots else 0)
+    roots, quotients, fused = ops.count("MUFU.RSQ"), refined_reciprocals(sass), sum(op.startswith("FFMA") for op in ops)
+    return fused - (2 * (roots - 1) + 3 if roots else 0) - (5 * (quotients - 1) + 10 if quotients else 0)
+
+
+def refined_reciprocals(sass: list[str]) -> int:
+    """The MUFU.RCP whose error a FFMA, 1 - b r, takes next: one for each div.rn.f32 and one in their routine."""
+    estimates, found = set(), 0
+    for line in sass:
+        if estimate := re.search(r"MUFU\.RCP (R\d+),", line):
+            estimates.add(estimate[1])
+        elif (residual := re.search(r"FFMA R\d+, -?(R\d+)\S*, (R\d+)\S*, 1$", line)) and estimates & set(residual.groups()):
+            estimates -= set(residual.groups())
+            found += 1
+    return found
 
 
 def main_loops(sass: list[str], word: str) -> list[str]:

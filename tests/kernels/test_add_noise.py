@@ -20,7 +20,7 @@ def launch(device):
     return importlib.import_module("fastdiff.kernels.add_noise").add_noise
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", [*LAYOUTS[:2], pytest.param("view", marks=pytest.mark.slow)])
 def test_noise_bits(launch, device, layout):
     """With the form (0, 1) the result is the noise itself: more than 2^18 values in every layout."""
     x = lay(torch.zeros(3, 32, 48, 58), layout).to(device)

@@ -53,7 +53,7 @@ def test_bfloat16_rounds_to_nearest_even(facts):
 def test_no_spills(facts):
     allowed = {kernel: most for of in declared("STACK").values() for kernel, (most, _) in of.items()}
     for f in facts:
-        most = allowed.get(f["kernel"], 0)
+        most = allowed.get(f["kernel"], allowed.get(f"{f['kernel']}, {f['case']}", 0))
         assert f["local"] == 0 and f["stack"] <= most, (where(f), f["stack"])
         assert most or not machine_code.spills(f["sass"]), where(f)
 
@@ -62,7 +62,8 @@ def test_wide_accesses(facts):
     """Tensors move 128 bits at a time; narrower accesses are tables, per-channel parameters and statistics."""
     narrow = {words for of in declared("NARROW").values() for words in of}  # a kernel may serve two ops
     for f in (f for f in facts if f["case"] != "huge"):
-        words = [word for word in machine_code.ACCESSES if f"{f['kernel']} {word}" not in narrow]
+        names = {word: f"{f['kernel']} {word}" for word in machine_code.ACCESSES}
+        words = [word for word, name in names.items() if not {name, f"{name}, {f['case']}"} & narrow]
         for word in words:
             assert machine_code.is_wide(f["sass"], word), (where(f), word)
         if words:

@@ -64,7 +64,7 @@ def grid():
             yield pytest.param(case, layout, dtype, id=f"{case}-{layout}-{dtype}")
 
 
-@pytest.mark.parametrize(("case", "layout", "dtype"), grid())
+@pytest.mark.parametrize(("case", "layout", "dtype"), list(grid()))
 def test_forward(launch, device, case, layout, dtype):
     args = arguments(*case, layout, dtype)
     y, stats = launch(*to(args, device))

@@ -105,15 +105,18 @@ FEWER = {
 FEWEST = {"channels": [1, 3, 32, 64, 96, 192, 320, 576, 1024], "given": ["", "add scale shift", "scale stats"]}
 
 
-def covered(parameters, most):
-    return covering.pairwise(
-        norm_cases.PARAMETERS | parameters,
-        lambda case: norm_cases.divides(case) and norm_cases.elements(case) <= most,
-    )
+def covered(parameters, most, programs):
+    """At most so many elements, and groups of all samples: the interpreter's time."""
+
+    def valid(case):
+        groups = case["batch"] * (case["channels"] if case["groups"] == "C" else case["groups"])
+        return norm_cases.divides(case) and norm_cases.elements(case) <= most and groups <= programs
+
+    return covering.pairwise(norm_cases.PARAMETERS | parameters, valid)
 
 
-COVERING = covered(FEWER | FEWEST, 2**15)
-COVERING += [pytest.param(case, marks=pytest.mark.slow) for case in covered(FEWER, 2**17)]
+COVERING = covered(FEWER | FEWEST, 2**15, 2**7)
+COVERING += [pytest.param(case, marks=pytest.mark.slow) for case in covered(FEWER, 2**17, 2**12)]
 
 
 @pytest.mark.parametrize("case", COVERING, ids=norm_cases.name_of)

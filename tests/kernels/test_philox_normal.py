@@ -9,8 +9,9 @@ from fastdiff.ops import seed_tensor
 from fastdiff.ops.philox_normal import box_muller, reference
 
 SEEDS = (0, 1, 2**64 - 1, 2**63, 0x0123456789ABCDEF)
-# One element; not a multiple of a block; a sample of several programs; 5 x 53,000 > 2^18 values.
-SHAPES = ((), (1,), (5,), (3, 32, 33), (8, 25, 265))
+# One element; not a multiple of a block; a sample of several programs; 5 x 53,000 > 2^18 values, as many
+# as test_add_noise compares without the slow tests.
+SHAPES = ((), (1,), (5,), (3, 32, 33), pytest.param((8, 25, 265), marks=pytest.mark.slow))
 
 
 @pytest.fixture

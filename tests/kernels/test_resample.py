@@ -36,10 +36,20 @@ def arguments(shape, taps, up, down, p0, size, dtype=torch.float32, layout="cont
     return lay(x, layout), torch.tensor(taps), up, down, p0, size(shape[2]), size(shape[3])
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("filter", FILTERS, ids=lambda f: f"{len(f[0])} taps, {f[1]} up, {f[2]} down, {f[3]}")
-def test_values(launch, device, filter, layout):
-    for i, shape in enumerate(SHAPES):
+def grid():
+    """Every filter in every layout: on two of the shapes, which alternate, and in the slow tests on the other two."""
+    for i, filter in enumerate(FILTERS):
+        name = f"{len(filter[0])} taps, {filter[1]} up, {filter[2]} down, {filter[3]}"
+        for j, layout in enumerate(LAYOUTS):
+            for k, marks in enumerate(((), pytest.mark.slow)):
+                shapes = SHAPES[(i + j + k) % 2 :: 2]
+                yield pytest.param(filter, layout, shapes, marks=marks, id=f"{name}-{layout}-{shapes}")
+
+
+@pytest.mark.parametrize(("filter", "layout", "shapes"), list(grid()))
+def test_values(launch, device, filter, layout, shapes):
+    for shape in shapes:
+        i = SHAPES.index(shape)
         dtype = DTYPES[(i + len(layout)) % 3]
         x, taps, *rest = arguments(shape, *filter, dtype, layout)
         y = launch(x.to(device), taps.to(device), *rest).cpu()

@@ -7,10 +7,21 @@ ARCHITECTURES = (80, 90, 100)
 NOISE = False
 NARROW = {
     "normalise loads": "CUDA C++: x comes by LDGSTS.E.BYPASS.128; what is loaded are statistics and parameters",
+    "_whole loads, whole channels_last bfloat16, 18 a group": "a group's pixel is 36 bytes: 4 at a time are aligned",
+    "_whole stores, whole channels_last bfloat16, 18 a group": "likewise",
+    "_whole loads, whole channels_last float32, 42 a group": "a group's pixel is 168 bytes: 8 at a time are aligned",
+    "_whole stores, whole channels_last float32, 42 a group": "likewise",
     "_partial stores": "it writes three statistics a group",
     "_sums stores": "it writes three sums a channel",
     "_fold loads": "tables of one number a channel",
     "_fold stores": "tables of one number a channel",
+}
+
+STACK = {
+    "_sums, streamed channels_last bfloat16, 6 a group": (
+        8,
+        "for sm_100 ptxas stops at 128 registers, for two blocks at a time, and parks one word, before and after the loop",
+    ),
 }
 
 

@@ -7,6 +7,11 @@ from fastdiff.ops.langevin_step import L, Norms
 
 ARCHITECTURES = (80, 90, 100)
 NOISE = True
+NARROW = {
+    "_sums stores": "it writes two sums",
+    "_mean_ratio loads": "partial sums, a few numbers a sample",
+    "_mean_ratio stores": "one number",
+}
 
 
 def cases(case):
