@@ -1,4 +1,4 @@
-"""`pytest` alone runs the tests in as many processes as there are cores, a file at a time, one thread each; `pytest -n 0` in one."""
+"""`pytest` alone runs the tests in as many processes as there are cores, one thread each; `pytest -n 0` in one process."""
 
 import os
 

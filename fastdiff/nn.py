@@ -118,10 +118,9 @@ class Attention(nn.Module):
             and not torch.is_grad_enabled()
             and not torch.is_autocast_enabled(x.device.type)
         ):
-            norm, qkv, proj = self.norm, self.qkv, self.proj
-            weights = (qkv.weight.flatten(1), qkv.bias, proj.weight.flatten(1), proj.bias)
-            affine = (norm.weight, norm.bias, norm.groups)
-            return ops.group_norm_attention(x, *affine, *weights, self.heads, norm.eps, out_scale=self.skip_scale)
+            norm, qkv, proj = self.norm, self.qkv.weight.flatten(1), self.proj.weight.flatten(1)
+            given = (x, norm.weight, norm.bias, norm.groups, qkv, self.qkv.bias, proj, self.proj.bias)
+            return ops.group_norm_attention(*given, self.heads, norm.eps, out_scale=self.skip_scale)
         # Training keeps the library's attention, whose backward need not compute q, k and v again.
         b, c, h, w = x.shape
         # [B, 3, heads, C/heads, HW] -> q, k, v [B, heads, HW, C/heads]

@@ -157,7 +157,8 @@ class _Saved:
 
     def hidden(self):
         """h, computed again: keeping it would double the memory of the activations."""
-        return group_norm_silu(*self.norm_arguments(), self.rest["silu"]) if self.normed else self.x
+        arguments = (*self.norm_arguments(), self.rest["silu"]) if self.normed else ()
+        return group_norm_silu(*arguments) if self.normed else self.x
 
 
 def _convolution_backward(dy, h, weight, needs):
