@@ -44,7 +44,7 @@ inline std::optional<View> view_of(const Tensor& t, const char* name) {
   v.c = sizes.size() > 1 ? strides[1] : 1;
   int64_t s = 0, expected = -1;
   for (size_t i = sizes.size(); i-- > 2;) {
-    if (sizes[i] <= 1) continue;  // 0: no strides are wrong
+    if (sizes[i] <= 1 || t.numel() == 0) continue;  // no elements: any strides do, and contiguous() would keep them
     if (expected < 0) s = strides[i];
     else if (strides[i] != expected) return std::nullopt;
     expected = strides[i] * sizes[i];
