@@ -265,7 +265,7 @@ BAD = [
 ]
 
 
-@pytest.mark.parametrize(("request_", "error", "words"), BAD, ids=lambda v: str(v)[:40] if isinstance(v, dict) else "")
+@pytest.mark.parametrize(("request_", "error", "words"), BAD, ids=lambda v: " ".join(v) if isinstance(v, dict) else "")
 def test_bad_requests(request_, error, words):
     with pytest.raises(error, match=words):
         fastdiff.sample(**({"model": tiny(), "nfe": 2, "seeds": [0, 1]} | request_))
