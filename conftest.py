@@ -1,4 +1,7 @@
-"""`pytest` alone runs the tests in as many processes as there are cores, one thread each; `pytest -n 0` in one process."""
+"""`pytest` alone leaves out what is marked slow (`pytest -m slow` runs it) and uses all cores, one thread each process.
+
+`pytest -n 0` stays in one process.
+"""
 
 import os
 
@@ -13,6 +16,7 @@ if WORKER:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_cmdline_main(config):
+    config.option.markexpr = config.option.markexpr or "not slow"
     everything = config.args_source is config.ArgsSource.TESTPATHS
     if everything and not WORKER and getattr(config.option, "numprocesses", 0) is None and not config.option.usepdb:
         config.option.numprocesses, config.option.dist = min(os.cpu_count() or 1, MOST), "loadfile"
