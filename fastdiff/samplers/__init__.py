@@ -10,12 +10,14 @@ from fastdiff.samplers.multistep import deis, ipndm, lms, pndm
 from fastdiff.samplers.ode import euler, heun, midpoint
 from fastdiff.samplers.restart import restart
 from fastdiff.samplers.rk45 import rk45
+from fastdiff.samplers.san_roman import LevelNetwork, fit_level, san_roman
 from fastdiff.samplers.sde import euler_maruyama, reverse_sde
 from fastdiff.samplers.search import search_times
 from fastdiff.samplers.unipc import unipc
 
 __all__ = [
     "SAMPLERS",
+    "LevelNetwork",
     "Sampler",
     "analytic_ddpm",
     "best_steps",
@@ -31,6 +33,7 @@ __all__ = [
     "euler_ancestral",
     "euler_maruyama",
     "fast_ddpm",
+    "fit_level",
     "heun",
     "ipndm",
     "lcm",
@@ -41,6 +44,7 @@ __all__ = [
     "restart",
     "reverse_sde",
     "rk45",
+    "san_roman",
     "search_times",
     "two_stage_ancestral",
     "unipc",
