@@ -202,6 +202,9 @@ def execute(
     place of the seeds'. start: see `prepare`. adjust(D, unguided D, i) -> D changes the estimate of x0 in row i in ways that
     no row can. on_row(i, x) is called after each row.
     """
+    own = getattr(plan, "execute", None)  # of `samplers.Adaptive`, which has no rows
+    if own is not None:
+        return own(network, seeds, shape, labels, dtype=dtype, x_T=x_T, start=start, guidance=guidance, adjust=adjust)
     b = prepare(plan, seeds, shape, dtype, x_T, start=start, copies=guidance.copies if guidance else 1)
     loop = Loop(plan, network, seeds, labels, b, guidance, adjust, stepwise.given(noise, plan.draws, plan.name, b.x))
     for i in range(len(plan.rows)):
@@ -290,4 +293,6 @@ class Loop:
         c = self.plan.prediction.coefficients(self.plan.schedule, t)
         adjust = self.adjust or (lambda d, unguided, i: d)
         change = lambda d, unguided: adjust(d, unguided, i)  # noqa: E731
-        return stepwise.adjusted(self.b.x, F, F_u, weight, self.host[:, i, C.GUIDE], c.c_skip, c.c_out, change)
+        x = self.b.x
+        d = stepwise.denoised(x, F, F_u, weight, self.host[:, i, C.GUIDE], c.c_skip, c.c_out, change)
+        return (d - stepwise.column(c.c_skip, x) * x) / stepwise.column(c.c_out, x)

@@ -13,10 +13,11 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from fastdiff import ops
+from fastdiff import invariant, ops
 from fastdiff.model import Model, load, packaged
 from fastdiff.plan import Plan, execute
 from fastdiff.request import (
+    MANY,
     Guide,
     check_batch_size,
     check_guidance,
@@ -27,6 +28,7 @@ from fastdiff.request import (
     guidance_of,
     make_plan,
 )
+from fastdiff.samplers import Adaptive
 from fastdiff.samplers.adjust import dynamic_threshold, rescale
 
 DTYPES = {torch.float32, torch.bfloat16, torch.float16, torch.float64}
@@ -41,7 +43,7 @@ class Samples:
     labels: list[int] | None
     plan: Plan
     model: Model
-    evaluations: int  # network calls counted in each batch
+    evaluations: int  # network calls counted in each batch; for rk45 the most of an image
     seconds: float  # wall time, model loading left out
     device: torch.device
     dtype: torch.dtype
@@ -50,7 +52,7 @@ class Samples:
 
 def sample(
     model: Model | str | os.PathLike | None = None,
-    nfe: int = 2,
+    nfe: int | None = None,
     *,
     n: int | None = None,
     seeds: Iterable[int] | None = None,
@@ -66,17 +68,18 @@ def sample(
     progress: bool | None = None,
     clip_output: bool = True,
     callback: Callable[[int, Tensor], None] | None = None,
+    deterministic: bool = False,
     **options: Any,
 ) -> Tensor:
     """Images from a diffusion or consistency model in `nfe` network evaluations.
 
     Args:
         model: None for the packaged MNIST digits; a packaged name, a path, a `Model`, or what `fastdiff.wrap` returns.
-        nfe: number of network evaluations, >= 1.
+        nfe: number of network evaluations, >= 1; 2 by default. "rk45" counts them: the most an image may take.
         n: how many images, from fresh seeds (printed to stderr); 1 where seeds are not given either.
         seeds: one integer in 0 ... 2^64 - 1 per image. An image depends on its own seed alone, not on the batch.
         labels: class of each image or one for all; by default seed modulo the number of classes.
-        sampler: "auto" or one of `fastdiff.samplers.SAMPLERS`; options are passed to it (times=, eta=, S_churn=, ...).
+        sampler: "auto", "rk45" or one of `fastdiff.samplers.SAMPLERS`; options are passed to it (times=, eta=, rtol=, ...).
         guidance: weight of classifier-free guidance, 1 for none; or a `Guide`: interval, rescale, a weaker model.
         threshold: dynamic thresholding's quantile, such as 0.995, applied to each estimate of the image.
         start: images [n, C, H, W] or [C, H, W] in [-1, 1] to noise and start from; the level is the sampler's t_start=.
@@ -88,6 +91,7 @@ def sample(
         progress: show a bar; by default on a terminal when it takes more than a moment.
         clip_output: clamp the result to [-1, 1].
         callback: callback(row, x) after each row of the plan; x is the sampler's own state, not a copy.
+        deterministic: the same bits for an image in every batch, on CPUs; one image at a time where the network needs it.
 
     Returns: float32 (float64 with dtype=torch.float64) [n, C, H, W] in [-1, 1], on the CPU.
 
@@ -102,7 +106,7 @@ def sample(
 
 def run(
     model: Model | str | os.PathLike | None = None,
-    nfe: int = 2,
+    nfe: int | None = None,
     *,
     n: int | None = None,
     seeds: Iterable[int] | None = None,
@@ -118,13 +122,14 @@ def run(
     progress: bool | None = None,
     clip_output: bool = True,
     callback: Callable[[int, Tensor], None] | None = None,
+    deterministic: bool = False,
     trajectory: bool = False,
     **options: Any,
 ) -> Samples:
     """`sample` with its provenance: arguments as there. trajectory: keep the state after every row, too."""
     if "generator" in options:
         raise TypeError("generator: noise belongs to the sample here; pass seeds=[...], one integer per image, instead")
-    model, target = _resolve(model, nfe, device)
+    model, target = _resolve(model, MANY if sampler == "rk45" else nfe, device)
     if model.shape is None:
         raise ValueError("model: its image shape is not known; give it: fastdiff.wrap(net, ..., shape=(C, H, W))")
     if dtype not in DTYPES:
@@ -132,6 +137,11 @@ def run(
     if (start is not None) != ("t_start" in options):
         raise ValueError("start, t_start: the images to start from and the time their noise belongs to come together")
     plan = make_plan(model, nfe, sampler, **options)
+    if isinstance(plan, Adaptive) and (trajectory or callback is not None):
+        raise ValueError(
+            "callback, trajectory: rk45 takes other steps for each image; use a sampler with rows, such as heun"
+        )
+    invariant.check(deterministic, target)
     if n is None and noise is not None and seeds is None:
         seeds = range(len(noise[0]))
     seed_list = check_seeds(seeds, n)
@@ -142,7 +152,7 @@ def run(
     size = check_batch_size(batch_size, target)
     placed = _placed(model, target, dtype)
     weaker = _placed(guide[0].model, target, dtype) if guide and guide[0].model else None
-    network, counter = _counted(placed)
+    network, counter = _counted(invariant.Invariant(placed) if deterministic else placed)
     adjust = _adjustment(threshold, guide[0].rescale if guide else 0.0)
     begin = time.perf_counter()
     results: list[Tensor] = []
@@ -181,7 +191,8 @@ def run(
         result = (result.clamp_(-1, 1) if clip_output else result).cpu()
     seconds = time.perf_counter() - begin
     kept = torch.stack([torch.cat(rows) for rows in zip(*states, strict=True)]).clone() if trajectory else None
-    return Samples(result.clone(), seed_list, label_list, plan, model, counter[0], seconds, target, dtype, kept)
+    evaluations = plan.nfe if isinstance(plan, Adaptive) else counter[0]
+    return Samples(result.clone(), seed_list, label_list, plan, model, evaluations, seconds, target, dtype, kept)
 
 
 def _adjustment(threshold: float | None, amount: float) -> Callable[[Tensor, Tensor, int], Tensor] | None:
@@ -201,11 +212,12 @@ def _check_state(plan: Plan, i: int, x: Tensor) -> None:
     if bad:
         row = plan.rows[i]
         raise FloatingPointError(
-            f"model: {bad} of {x.numel()} pixels are NaN or infinite after row {i + 1} of {len(plan.rows)}, t = {row.t:.6g}"
+            f"model: {bad} of {x.numel()} pixels ({bad / x.numel():.1%}) are NaN or infinite after row {i + 1} of "
+            f"{len(plan.rows)}, t = {row.t:.6g}"
         )
 
 
-def _resolve(model, nfe: int, device) -> tuple[Model, torch.device]:
+def _resolve(model, nfe: int | None, device) -> tuple[Model, torch.device]:
     """The model and the device to compute on."""
     if device is not None and torch.device(device).type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"device: {device} was asked for, but this machine has no usable CUDA GPU; use device='cpu'")

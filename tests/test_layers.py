@@ -17,7 +17,7 @@ FLOORS = [
     {"cli"},
     {"commands"},
     {"sample", "training", "info", "images"},
-    {"request"},
+    {"request", "invariant"},
     {"model"},
     {"plan", "samplers", "unet", "checkpoints"},
     {"evaluation"},
