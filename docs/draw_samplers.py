@@ -84,7 +84,7 @@ ALLOWED = {
     "progressive": (1, 2, 4, 8),
 }
 OPTIONS: dict[str, dict] = {"progressive": {"clip": False}}
-TOLERANCES = (0.3, 0.1, 0.03)  # rk45's, whose evaluations are counted
+TOLERANCES = (0.1, 0.03, 0.01, 0.003)  # rk45's, whose evaluations are counted
 # Above this the picture ends: digits that nobody reads
 CEILING = 1000.0
 
