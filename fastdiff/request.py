@@ -3,7 +3,7 @@
 import dataclasses
 import inspect
 import secrets
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fastdiff.model import Model
 from fastdiff.plan import Plan
-from fastdiff.samplers import SAMPLERS, adaptive
+from fastdiff.samplers import SAMPLERS, adaptive, of_scheduler
 from fastdiff.stepwise import Guidance
 
 FRESH_SEEDS = 2**48  # a fresh run starts at a random seed below this, short enough to copy by hand
@@ -40,12 +40,15 @@ class Guide:
 def make_plan(model: Model, nfe: int | None = None, sampler: str = "auto", **options: Any) -> Plan:
     """The plan that `sample` executes: a sampler's, with what the model records for it: times for this nfe, statistics.
 
-    nfe is 2 by default. The evaluations of "rk45" are counted, not planned: it has no plan, and nfe bounds them.
+    "auto" is the scheduler of the diffusers pipeline that the model was read from, or else the choice of `automatic`. nfe is
+    2 by default. The evaluations of "rk45" are counted, not planned: its plan has no rows, and nfe bounds them.
     """
     if sampler == "rk45":
         _known(options, sampler, list(inspect.signature(adaptive).parameters)[3:])
         return adaptive(model.schedule, model.prediction, nfe, **options)
     nfe = NFE if nfe is None else nfe
+    if sampler == "auto" and isinstance(model.info.get("scheduler"), Mapping):
+        return of_scheduler(model.schedule, model.prediction, nfe, model.info["scheduler"], **options)
     name = automatic(model, nfe) if sampler == "auto" else sampler
     if name not in SAMPLERS:
         raise ValueError(f"sampler: {sampler!r} is not known; use auto, rk45 or one of {', '.join(SAMPLERS)}")

@@ -74,12 +74,14 @@ def sample(
     """Images from a diffusion or consistency model in `nfe` network evaluations.
 
     Args:
-        model: None for the packaged MNIST digits; a packaged name, a path, a `Model`, or what `fastdiff.wrap` returns.
+        model: None for the packaged MNIST digits; a packaged name, a path, a `Model`, what `fastdiff.wrap` returns, or a
+            diffusers pipeline.
         nfe: number of network evaluations, >= 1; 2 by default. "rk45" counts them: the most an image may take.
         n: how many images, from fresh seeds (printed to stderr); 1 where seeds are not given either.
         seeds: one integer in 0 ... 2^64 - 1 per image. An image depends on its own seed alone, not on the batch.
         labels: class of each image or one for all; by default seed modulo the number of classes.
         sampler: "auto", "rk45" or one of `fastdiff.samplers.SAMPLERS`; options are passed to it (times=, eta=, rtol=, ...).
+            "auto" is a diffusers pipeline's own scheduler, see `fastdiff.samplers.of_scheduler`.
         guidance: weight of classifier-free guidance, 1 for none; or a `Guide`: interval, rescale, a weaker model.
         threshold: dynamic thresholding's quantile, such as 0.995, applied to each estimate of the image.
         start: images [n, C, H, W] or [C, H, W] in [-1, 1] to noise and start from; the level is the sampler's t_start=.
@@ -142,6 +144,7 @@ def run(
             "callback, trajectory: rk45 takes other steps for each image; use a sampler with rows, such as heun"
         )
     invariant.check(deterministic, target)
+    _check_range(model, plan, start, threshold)
     if n is None and noise is not None and seeds is None:
         seeds = range(len(noise[0]))
     seed_list = check_seeds(seeds, n)
@@ -188,6 +191,7 @@ def run(
             results.append(x)
         result = torch.cat(results)
         _check_finite(result, model)
+        result = 2 * result - 1 if model.convention.unit_images else result
         result = (result.clamp_(-1, 1) if clip_output else result).cpu()
     seconds = time.perf_counter() - begin
     kept = torch.stack([torch.cat(rows) for rows in zip(*states, strict=True)]).clone() if trajectory else None
@@ -204,6 +208,15 @@ def _adjustment(threshold: float | None, amount: float) -> Callable[[Tensor, Ten
         return d if threshold is None else dynamic_threshold(d, threshold)
 
     return adjust
+
+
+def _check_range(model: Model, plan: Plan, start: Tensor | None, threshold: float | None) -> None:
+    """What takes images for numbers in [-1, 1] is not for a network that knows them in [0, 1]."""
+    clips = any(row.d_clip for row in plan.rows)
+    if model.convention.unit_images and (clips or start is not None or threshold is not None):
+        raise ValueError(
+            "start, clip, threshold: this network's images lie in [0, 1], where these are not defined; leave them out"
+        )
 
 
 def _check_state(plan: Plan, i: int, x: Tensor) -> None:

@@ -11,6 +11,7 @@ from fastdiff.samplers.ode import euler, heun, midpoint
 from fastdiff.samplers.restart import restart
 from fastdiff.samplers.rk45 import Adaptive, adaptive, rk45
 from fastdiff.samplers.san_roman import LevelNetwork, fit_level, san_roman
+from fastdiff.samplers.schedulers import of_scheduler
 from fastdiff.samplers.sde import euler_maruyama, reverse_sde
 from fastdiff.samplers.search import search_times
 from fastdiff.samplers.unipc import unipc
@@ -41,6 +42,7 @@ __all__ = [
     "lcm",
     "lms",
     "midpoint",
+    "of_scheduler",
     "pndm",
     "progressive",
     "restart",
