@@ -288,9 +288,11 @@ def load(source: Any, device: str | torch.device = "cpu", **config: Any) -> Mode
     Raises: FileNotFoundError; CheckpointError for a truncated, foreign or inconsistent file, or weights that are not
     finite; TypeError for anything else, a network without its schedule in particular.
     """
+    foreign = None if isinstance(source, Model) else files.of_object(source)
+    if config and (isinstance(source, Model) or foreign is not None):
+        raise CheckpointError(f"model: a {type(source).__name__} says itself what it is; leave {', '.join(config)} out")
     if isinstance(source, Model):
         return source
-    foreign = files.of_object(source)
     if foreign is None:
         path = _path(source)
         found = files.read(path, config)
