@@ -8,6 +8,7 @@ nearest-neighbour doubling below the norm, whose statistics it does not change.
 import dataclasses
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -137,7 +138,7 @@ class Lowering:
         norm, cast = self._norm(module.norm, x), self._cast
         packed = [(cast(m.weight).flatten(1), cast(m.bias)) for m in (module.qkv, module.proj)]  # type: ignore[arg-type]
         self.operations += 8 * x.channels**2 * x.size[0] * x.size[1] + 4 * x.channels * (x.size[0] * x.size[1]) ** 2
-        settings = (norm, *packed, module.heads, module.skip_scale)
+        settings: tuple[Any, ...] = (norm, *packed, module.heads, module.skip_scale)
         return self._emit(lambda out: Attention(out, x.number, *settings), x.channels, x.size)
 
     def _module(self, name: str, module: nn.Module, x: Value) -> Value:
