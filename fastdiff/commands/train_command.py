@@ -45,7 +45,9 @@ def run(
     config = PRESETS[preset]
     if changes.get("bf16") is None:
         changes["bf16"] = has_bf16(target)
+    options = {k: v for k in ("p_mean", "p_std") if (v := changes.pop(k, None)) is not None}
     config = dataclasses.replace(config, **{k: v for k, v in changes.items() if v is not None})
+    config = dataclasses.replace(config, options=config.options | options)
     _positive(config)
     if config.init and init is None:
         raise ValueError(f"init: {preset} starts from a trained {config.init} model; give --init RUN/model.safetensors")

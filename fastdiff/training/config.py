@@ -6,6 +6,7 @@ from typing import Any
 from fastdiff import schedules
 from fastdiff.denoiser import Prediction
 from fastdiff.schedules import DDPM, EDM, Schedule
+from fastdiff.training.losses import LOSSES
 from fastdiff.unet import UNetConfig
 
 
@@ -13,7 +14,7 @@ from fastdiff.unet import UNetConfig
 class TrainConfig:
     """A training run. Two runs with equal configs and data end with equal weights, bit for bit on one CPU."""
 
-    loss: str  # "ddpm", "edm" or "ect"
+    loss: str  # a name of fastdiff.training.losses
     network: UNetConfig
     schedule: Schedule
     prediction: Prediction
@@ -27,11 +28,7 @@ class TrainConfig:
     ema_halflife: int = 500_000  # in images; early on 5 % of the images seen
     bf16: bool = True  # autocast, where the device has it
     seed: int = 0
-    p_mean: float = -1.2  # edm: ln sigma ~ N(p_mean, p_std^2)
-    p_std: float = 1.2
-    q: float = 2.0  # ect: the gap t - r shrinks as q^-(stage + 1)
-    stages: int = 8  # ect: number of stages, of equal length
-    huber: float = 0.0  # ect: c of the pseudo-Huber distance; 0 is the plain norm
+    options: dict[str, Any] = dataclasses.field(default_factory=dict)  # of the loss, where not its defaults
     times: dict[int, list[float]] = dataclasses.field(default_factory=dict)  # recommended, stored with the model
     init: str | None = None  # preset or checkpoint that training starts from
 
@@ -41,7 +38,7 @@ class TrainConfig:
 
     @property
     def family(self) -> str:
-        return "consistency" if self.loss == "ect" else "diffusion"
+        return LOSSES[self.loss].family
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values."""

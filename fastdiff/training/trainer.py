@@ -19,14 +19,13 @@ from tqdm import tqdm
 
 from fastdiff import ops
 from fastdiff.model import Model, atomically
-from fastdiff.training import ddpm, ect, edm
+from fastdiff.training import losses
 from fastdiff.training.config import TrainConfig
 from fastdiff.training.data import ImageData
 from fastdiff.training.losses import Batch
 from fastdiff.training.report import LossLog, sample_grid
 from fastdiff.unet import UNet
 
-LOSSES = {"ddpm": ddpm.loss, "edm": edm.loss, "ect": ect.loss}
 OPTIMIZERS = {"adam": torch.optim.Adam, "radam": torch.optim.RAdam}
 
 
@@ -57,12 +56,14 @@ class Trainer:
         self.config, self.data, self.out, self.device = config, data, Path(out), torch.device(device)
         self.checkpoint_every, self.report_every, self.info = checkpoint_every, report_every, info or {}
         self.progress, self.step, self._stop = progress, 0, False
+        self.loss = losses.create(config.loss, config.schedule, config.prediction, config.options)
         self.out.mkdir(parents=True, exist_ok=True)
         torch.manual_seed(config.seed)
         self.network = UNet(config.network)
         if init is not None:
             self._initialise(init)
         self.network.to(self.device).to(memory_format=torch.channels_last).train()
+        self.loss.start(self.network)
         self.ema: list[Tensor] = [p.detach().clone() for p in self.network.parameters()]
         self.optimizer = OPTIMIZERS[config.optimizer](self.network.parameters(), lr=config.lr, betas=(0.9, 0.99))
         self.log = LossLog(self.out)
@@ -102,13 +103,14 @@ class Trainer:
         batch = self._batch(position)
         torch.manual_seed(config.seed * 1_000_003 + self.step)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=config.bf16):
-            loss = LOSSES[config.loss](self.network, config, batch).mean()
+            loss = self.loss(self.network, batch).mean()
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(self.network.parameters(), config.clip)
         value = float(loss.detach())
         self._check(value, float(norm))
         self.optimizer.step()
+        self.loss.after_step(self.network, batch.progress)
         self.step += 1
         self._update_ema()
         self.log.add(self.step, self.images, value)
@@ -116,7 +118,7 @@ class Trainer:
     def _batch(self, position: int) -> Batch:
         x0, labels = self.data.batch(position, self.config.batch)
         base = (self.config.seed << 40) + position
-        seeds = ops.seed_tensor(range(base, base + len(x0)), self.device)
+        seeds = ops.seed_tensor(range(base, base + len(x0)))
         labels = labels.to(self.device) if labels is not None and self.config.network.labels else None
         x0 = x0.to(self.device)
         return Batch(x0, seeds, labels, position / (self.config.steps * self.config.batch))
@@ -195,6 +197,7 @@ class Trainer:
             "network": self.network.state_dict(),
             "ema": self.ema,
             "optimizer": self.optimizer.state_dict(),
+            "loss": self.loss.state_dict(),
             "time": time.time(),
         }
         self.log.flush()
@@ -212,6 +215,7 @@ class Trainer:
         self.network.load_state_dict(state["network"])
         self.ema = [e.detach() for e in state["ema"]]
         self.optimizer.load_state_dict(state["optimizer"])
+        self.loss.load_state_dict(state["loss"])
         self.step = state["step"]
         self.log.keep(self.step)
 

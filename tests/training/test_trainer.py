@@ -28,7 +28,7 @@ def test_loss_goes_down(loss, factor, toy_config, toy_data, tmp_path):
     ECT's falls least: it is the distance, not its square, and times near 0, where nothing can be learned, weigh most.
     """
     # stages=1: ECT's target, and so its loss, would change from stage to stage
-    config = toy_config(loss, images=1280, stages=1, q=1.0)
+    config = toy_config(loss, images=1280, options={"stages": 1, "q": 1.0} if loss == "ect" else {})
     t = trainer(config, toy_data, tmp_path)
     t.train()
     losses = [row[2] for row in t.log.rows]
