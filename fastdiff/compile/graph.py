@@ -15,7 +15,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from fastdiff.plan import Plan, Row, _Loop, execute, prepare
+from fastdiff.plan import Loop, Plan, Row, execute, prepare
 from fastdiff.stepwise import Guidance
 
 WHOLE = 8  # evaluations
@@ -83,7 +83,7 @@ class Session:
         self.plan, self.shape, self.dtype = plan, shape, dtype
         self.seeds, self.labels, self.guidance = seeds.clone(), None if labels is None else labels.clone(), guidance
         self.buffers = self._fresh()
-        self.loop = _Loop(plan, network, self.seeds, self.labels, self.buffers, guidance, None, None)
+        self.loop = Loop(plan, network, self.seeds, self.labels, self.buffers, guidance, None, None)
         self.lock = threading.Lock()
         self.replays: dict[object, Callable[[], None]] = {}
         if plan.nfe <= WHOLE:
@@ -117,8 +117,8 @@ class Session:
                 self.labels.copy_(_padded(labels, size))  # type: ignore[union-attr]
             if guidance is not None and own is not None:
                 # the loop's copy of the weight is what the graphs read
-                assert self.loop.weight is not None
-                self.loop.weight.copy_(guidance.weight if len(own.weight) == 1 else _padded(guidance.weight, size))
+                assert self.loop.guidance is not None
+                self.loop.guidance.weight.copy_(guidance.weight if len(own.weight) == 1 else _padded(guidance.weight, size))
                 if own.without is not None and guidance.without is not None:
                     own.without.copy_(_padded(guidance.without, size))
             if "whole" in self.replays and x_T is None and start is None:
@@ -168,7 +168,8 @@ class Graphs:
         weights = None if guidance is None else (len(guidance.weight), guidance.interval, id(guidance.network))
         table, codes = plan.tables()
         key = (plan.name, table.tobytes(), codes.tobytes(), plan.norms, size, dtype, tuple(shape), labels is None, weights)
-        if noise is None and adjust is None and on_row is None and key not in self.too_large:
+        plain = noise is None and adjust is None and on_row is None and plan.revise is None
+        if plain and key not in self.too_large:
             session = self._session(key, plan, network, seeds, shape, labels, dtype, guidance, size)
             if session is not None:
                 return session.run(seeds, labels, guidance, x_T, start)
