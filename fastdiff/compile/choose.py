@@ -37,11 +37,11 @@ def bind(step: Conv3x3, algorithm: str, program: Program, packed: Tensor | None 
     if algorithm == LIBRARY:
         step.library = LibraryConvolution(weight.to(program.dtype), step.bias, program.sizes[step.name])
     else:
-        wanted = ops.conv3x3_pack(weight.to("meta", program.dtype), algorithm)
+        wanted = ops.conv3x3_pack(weight.to("meta"), algorithm)
         if packed is not None and (packed.shape, packed.dtype) != (wanted.shape, wanted.dtype):
             got = f"{packed.dtype} {tuple(packed.shape)}"
             raise ValueError(f"packed weights of {step.name}: {got}, not {wanted.dtype} {tuple(wanted.shape)}")
-        step.packed = ops.conv3x3_pack(weight.to(program.dtype), algorithm) if packed is None else packed
+        step.packed = ops.conv3x3_pack(weight, algorithm) if packed is None else packed
     # Of the weight only the shape is read from here on.
     step.weight = weight.new_zeros(()).to(program.dtype).expand(weight.shape)
 
