@@ -17,6 +17,7 @@ FLOORS = [
     {"cli"},
     {"commands"},
     {"sample", "training", "metrics", "info", "images"},
+    {"compile"},
     {"request"},
     {"model"},
     {"plan", "samplers", "unet", "checkpoints"},
