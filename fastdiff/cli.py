@@ -94,6 +94,56 @@ def train(
     train_command.run(preset, data, out, init, changes, device, checkpoint_every, report_every, download)
 
 
+@app.command("eval")
+def evaluate(
+    models: Annotated[list[str], typer.Argument(help="Checkpoints or packaged names.")],
+    data: Annotated[Path, typer.Option(help="The data set that the models learned: a folder or zip, see fastdiff train.")],
+    nfe: Annotated[str, typer.Option(help="Numbers of evaluations, with commas.")] = "1,2,4,35",
+    n: Annotated[int, typer.Option(help="Images for each row.")] = 1000,
+    first_seed: Annotated[int, typer.Option(help="Image i has seed FIRST_SEED + i.")] = 0,
+    sampler: Annotated[str, typer.Option(help="One that `fastdiff samplers` lists, or auto.")] = "auto",
+    option: Annotated[list[str] | None, typer.Option(help="A sampler's option, eta=0.5; repeat it.")] = None,
+    classifier: Annotated[
+        Path | None, typer.Option(help="Of fastdiff train-classifier. [default: the packaged one, for MNIST]")
+    ] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Images per network call.")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1. [default: where the model is loaded]")] = None,
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16 or float64.")] = "float32",
+    out: Annotated[Path | None, typer.Option(help="JSON file to write the rows to as well.")] = None,
+) -> None:
+    """Measure models: distance to real images in a classifier's features (FD, no FID), label agreement, images per second.
+
+    \b
+    fastdiff eval mnist-ect mnist-edm --data mnist --nfe 1,2,4
+    fastdiff eval runs/edm/model.safetensors --data mnist --nfe 35 --n 10000 --out edm.json
+
+    The floor is the FD of as many real images. Evaluations are counted, images are made by seeds and not kept.
+    """
+    from fastdiff.commands import eval_command
+
+    eval_command.run(models, data, nfe, n, first_seed, sampler, option, classifier, batch_size, device, dtype, out)
+
+
+@app.command("train-classifier")
+def train_classifier(
+    data: Annotated[Path, typer.Option(help="Labelled data set: a folder or zip, see fastdiff train.")],
+    out: Annotated[Path, typer.Option(help="File to write, .safetensors.")],
+    epochs: Annotated[int, typer.Option(help="Times that every image is seen.")] = 6,
+    seed: Annotated[int, typer.Option(help="Of weights and order; another seed gives a second, independent judge.")] = 0,
+    rotations: Annotated[bool, typer.Option("--rotations", help="No labels: learn to tell quarter turns apart.")] = False,
+    image_size: Annotated[int | None, typer.Option(help="Cut and resize images of a folder or zip to this size.")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu or cuda. [default: a GPU where there is one]")] = None,
+) -> None:
+    """Train a small classifier: the judge of fastdiff eval, or the perceptual distance of consistency training.
+
+    \b
+    fastdiff train-classifier --data cifar --out cifar-judge.safetensors
+    """
+    from fastdiff.commands import classifier_command
+
+    classifier_command.run(data, out, epochs, seed, rotations, image_size, device)
+
+
 @app.command()
 def average(
     models: Annotated[list[str], typer.Argument(help="Checkpoints of runs that went on from the same weights.")],

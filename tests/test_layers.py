@@ -16,17 +16,25 @@ FLOORS = [
     {"__main__"},
     {"cli"},
     {"commands"},
-    {"sample", "training", "info", "images"},
+    {"sample", "training", "metrics", "info", "images"},
     {"request"},
     {"model"},
     {"plan", "samplers", "unet", "checkpoints"},
+    {"evaluation"},
     {"denoiser", "nn", "stepwise"},
     {"schedules"},
     {"ops"},
     {"kernels", "_C", "version"},
 ]
-# Allowed within a floor: training draws sample grids, samplers return Plans, checkpoints become UNets.
-SIDEWAYS = {("training", "sample"), ("training", "images"), ("samplers", "plan"), ("checkpoints", "unet")}
+# Allowed within a floor: training draws and measures samples, samplers return Plans, checkpoints become UNets.
+SIDEWAYS = {
+    ("training", "sample"),
+    ("training", "images"),
+    ("training", "metrics"),
+    ("metrics", "sample"),
+    ("samplers", "plan"),
+    ("checkpoints", "unet"),
+}
 # Written below what it needs by design: the op registry loads back ends; everything may say its version.
 FLOOR = {part: i for i, parts in enumerate(FLOORS) for part in parts}
 

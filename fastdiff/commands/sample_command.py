@@ -125,6 +125,13 @@ def check_writable(out: Path) -> None:
         raise ValueError(f"out: {out} is a folder; give the name of a PNG file in it, or --seeds for a file of each image")
     if out.suffix.lower() != ".png":
         raise ValueError(f"out: {out} does not end in .png; images are written as PNG")
+    check_folder(out)
+
+
+def check_folder(out: Path) -> None:
+    """Refuse, before any work, a file in a folder that is not there or cannot be written."""
+    if out.is_dir():
+        raise ValueError(f"out: {out} is a folder; give the name of a file in it")
     if not out.parent.is_dir():
         raise FileNotFoundError(f"out: the folder {out.parent} does not exist; create it first")
     try:
