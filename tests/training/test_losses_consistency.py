@@ -78,6 +78,15 @@ def probe(loss, f, n=B):
     return Probe(f, EDM, loss.prediction, n)
 
 
+def ect_factor(t, stage, q=2.0):
+    """D's factor at ECT's optimum: the product along t -> r(t) -> r(r(t)) ... 0."""
+    a, now = np.ones_like(t), t
+    while np.any(now > 1e-6):
+        r = earlier_time(now, q, stage)
+        a, now = np.where(now > 1e-6, a * euler(np.maximum(now, 1e-9), r), a), r
+    return a
+
+
 CT = {
     "l2": ("ct", {"curriculum": "constant", "s1": 6, "mu0": 0.0}),
     "l1": ("ct", {"curriculum": "constant", "s1": 6, "mu0": 0.0, "metric": "l1"}),
@@ -102,15 +111,18 @@ def test_optimum_of_ect(stage):
     loss = create("ect", stages=4)
 
     def f(x, t):
-        a, now = np.ones_like(t), np.array(t)
-        for _ in range(60):
-            r = earlier_time(now, 2.0, stage)
-            a = np.where(now > 1e-6, a * euler(np.maximum(now, 1e-9), r), a)
-            now = r
-        assert np.all(now <= 1e-6)
-        return M + torch.from_numpy(a).reshape(-1, 1, 1, 1) * (x - M)
+        return M + torch.from_numpy(ect_factor(np.array(t), stage)).reshape(-1, 1, 1, 1) * (x - M)
 
     check_stationary(loss, probe(loss, f), batch(progress=stage / 4))
+
+
+def test_ect_tends_to_the_solution_of_the_ode():
+    """Stage by stage its optimum nears s / sqrt(s^2 + t^2), which at r = 0 is the denoiser's s^2 / (s^2 + t^2)."""
+    t = np.geomspace(0.05, 80, 30)
+    exact = S / np.sqrt(S**2 + t**2)
+    errors = [np.abs(ect_factor(t, stage) - exact).max() for stage in range(8)]
+    assert np.all(np.diff(errors) < 0) and errors[7] < 0.06 * errors[0]
+    np.testing.assert_allclose(ect_factor(t, 0, 1.0), S**2 / (S**2 + t**2))
 
 
 @pytest.mark.parametrize("metric", ["l1", "l2", "huber"])
@@ -332,6 +344,8 @@ def test_bad_requests():
     ):
         with pytest.raises(ValueError, match=says):
             create("cd", gaussian_denoiser(), **options)
+    with pytest.raises(ValueError, match=r"teacher: it knows noise up to 50 times the image, .*EDM\(sigma_max=50\)"):
+        create("cd", gaussian_denoiser(schedules.VE()))
     for options, says in (({"q": 0.5}, "q: 0.5 would put r after t"), ({"stages": 0}, "stages: 0 is out of range")):
         with pytest.raises(ValueError, match=says):
             create("ect", **options)
