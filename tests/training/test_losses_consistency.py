@@ -334,16 +334,20 @@ def test_bad_requests():
         ({"curriculum": "none"}, "curriculum: 'none' is not known"),
         ({"s0": 10, "s1": 5}, "s0, s1: 10, 5; the grid grows"),
         ({"mu0": 1.0}, "mu0: 1.0 is out of range"),
+        ({"rho": 0.0}, "rho: 0.0 is out of range; use a number > 0"),
+        ({"p_std": 0.0}, "p_std: 0.0 is out of range; use a number > 0"),
     ):
         with pytest.raises(ValueError, match=says):
             create(**options)
     for options, says in (
         ({"solver": "rk4"}, "solver: 'rk4' is not known; use one of heun, euler"),
-        ({"N": 1}, "N: 1 levels have no pair"),
+        ({"N": 1}, "N: 1 is out of range; use a number >= 2"),
         ({"mu": -0.1}, "mu: -0.1 is out of range"),
     ):
         with pytest.raises(ValueError, match=says):
             create("cd", gaussian_denoiser(), **options)
+    with pytest.raises(ValueError, match=r"p_mean, p_std: -900.0, 1.0 leave no pair on the grid any chance"):
+        create(pairs="lognormal", p_mean=-900.0, p_std=1.0)(lambda x, c: x, batch(2))
     with pytest.raises(ValueError, match=r"teacher: it knows noise up to 50 times the image, .*EDM\(sigma_max=50\)"):
         create("cd", gaussian_denoiser(schedules.VE()))
     for options, says in (({"q": 0.5}, "q: 0.5 would put r after t"), ({"stages": 0}, "stages: 0 is out of range")):
