@@ -2,7 +2,7 @@
 
 import dataclasses
 import secrets
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fastdiff.model import Model
 from fastdiff.plan import Plan
-from fastdiff.samplers import SAMPLERS
+from fastdiff.samplers import SAMPLERS, of_scheduler
 from fastdiff.stepwise import Guidance
 
 FRESH_SEEDS = 2**48  # a fresh run starts at a random seed below this, short enough to copy by hand
@@ -36,7 +36,12 @@ class Guide:
 
 
 def make_plan(model: Model, nfe: int, sampler: str = "auto", **options: Any) -> Plan:
-    """The plan that `sample` executes: a sampler's, with what the model records for it: times for this nfe, statistics."""
+    """The plan that `sample` executes: a sampler's, with what the model records for it: times for this nfe, statistics.
+
+    "auto" is the scheduler of the diffusers pipeline that the model was read from, or else the choice of `automatic`.
+    """
+    if sampler == "auto" and isinstance(model.info.get("scheduler"), Mapping):
+        return of_scheduler(model.schedule, model.prediction, nfe, model.info["scheduler"], **options)
     name = automatic(model, nfe) if sampler == "auto" else sampler
     if name not in SAMPLERS:
         raise ValueError(f"sampler: {sampler!r} is not known; use auto or one of {', '.join(SAMPLERS)}")

@@ -71,12 +71,14 @@ def sample(
     """Images from a diffusion or consistency model in `nfe` network evaluations.
 
     Args:
-        model: None for the packaged MNIST digits; a packaged name, a path, a `Model`, or what `fastdiff.wrap` returns.
+        model: None for the packaged MNIST digits; a packaged name, a path, a `Model`, what `fastdiff.wrap` returns, or a
+            diffusers pipeline.
         nfe: number of network evaluations, >= 1.
         n: how many images, from fresh seeds (printed to stderr); 1 where seeds are not given either.
         seeds: one integer in 0 ... 2^64 - 1 per image. An image depends on its own seed alone, not on the batch.
         labels: class of each image or one for all; by default seed modulo the number of classes.
         sampler: "auto" or one of `fastdiff.samplers.SAMPLERS`; options are passed to it (times=, eta=, S_churn=, ...).
+            "auto" is a diffusers pipeline's own scheduler, see `fastdiff.samplers.of_scheduler`.
         guidance: weight of classifier-free guidance, 1 for none; or a `Guide`: interval, rescale, a weaker model.
         threshold: dynamic thresholding's quantile, such as 0.995, applied to each estimate of the image.
         start: images [n, C, H, W] or [C, H, W] in [-1, 1] to noise and start from; the level is the sampler's t_start=.

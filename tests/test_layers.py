@@ -20,6 +20,7 @@ FLOORS = [
     {"request"},
     {"model"},
     {"plan", "samplers", "unet", "checkpoints"},
+    {"evaluation"},
     {"denoiser", "nn", "stepwise"},
     {"schedules"},
     {"ops"},

@@ -230,12 +230,24 @@ def _about(v: Mapping[str, Any], scheduler: Mapping[str, Any] | None) -> About:
         unit = v["center_input_sample"]
         k = 2.0 if unit else 1.0
         convention = Convention(log_level=True, divided=True, unit_range=unit)
-        return About(VE(k * low, k * high), Prediction("ve", time_scale=1 / k), convention=convention)
+        info = {} if scheduler is None else {"scheduler": _plain(scheduler)}
+        return About(VE(k * low, k * high), Prediction("ve", time_scale=1 / k), convention=convention, info=info)
     require(not v["center_input_sample"], "config: center_input_sample is not read")
     if scheduler is None:
         return About(DDPM(), Prediction("eps"))
     schedule, prediction, family = _scheduler(scheduler)
-    return About(schedule, prediction, family, info={"scheduler": scheduler.get("_class_name", "")})
+    return About(schedule, prediction, family, info={"scheduler": _plain(scheduler)})
+
+
+def _plain(scheduler: Mapping[str, Any]) -> dict[str, Any]:
+    """The configuration in what JSON has; anything else by its name."""
+
+    def value(x: Any) -> Any:
+        if isinstance(x, (list, tuple)):
+            return [value(y) for y in x]
+        return x if x is None or isinstance(x, (bool, int, float, str)) else type(x).__name__
+
+    return {k: value(x) for k, x in scheduler.items() if k == "_class_name" or not k.startswith("_")}
 
 
 def _scheduler(s: Mapping[str, Any]) -> tuple[Schedule, Prediction, str]:

@@ -10,6 +10,7 @@ from fastdiff.samplers.multistep import deis, ipndm, lms, pndm
 from fastdiff.samplers.ode import euler, heun, midpoint
 from fastdiff.samplers.restart import restart
 from fastdiff.samplers.rk45 import rk45
+from fastdiff.samplers.schedulers import of_scheduler
 from fastdiff.samplers.sde import euler_maruyama, reverse_sde
 from fastdiff.samplers.search import search_times
 from fastdiff.samplers.unipc import unipc
@@ -36,6 +37,7 @@ __all__ = [
     "lcm",
     "lms",
     "midpoint",
+    "of_scheduler",
     "pndm",
     "progressive",
     "restart",

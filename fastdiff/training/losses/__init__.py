@@ -22,6 +22,9 @@ from fastdiff.training.losses.ddpm import DDPMLoss, MinSNRLoss
 from fastdiff.training.losses.ect import ECTLoss
 from fastdiff.training.losses.edm import EDMLoss
 from fastdiff.training.losses.flow import FlowLoss
+from fastdiff.training.losses.improved_ddpm import ImprovedDDPMLoss
+from fastdiff.training.losses.ncsn import NCSNLoss
+from fastdiff.training.losses.score_matching import ImplicitScoreMatching, SlicedScoreMatching
 from fastdiff.training.losses.sde import SDELoss
 
 __all__ = ["LOSSES", "Batch", "Draw", "Loss", "create", "options"]
@@ -29,6 +32,10 @@ __all__ = ["LOSSES", "Batch", "Draw", "Loss", "create", "options"]
 LOSSES: dict[str, type[Loss]] = {
     "ddpm": DDPMLoss,
     "min-snr": MinSNRLoss,
+    "iddpm": ImprovedDDPMLoss,
+    "ncsn": NCSNLoss,
+    "implicit": ImplicitScoreMatching,
+    "sliced": SlicedScoreMatching,
     "sde": SDELoss,
     "edm": EDMLoss,
     "flow": FlowLoss,
