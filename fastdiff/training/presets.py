@@ -59,6 +59,10 @@ def _with(config: TrainConfig, **changes) -> TrainConfig:
 
 PRESETS: dict[str, TrainConfig] = {
     "mnist-ddpm": _with(_mnist, loss="ddpm", schedule=DDPM(), prediction=Prediction("eps")),
+    "mnist-iddpm": _with(
+        _mnist, loss="iddpm", network=dataclasses.replace(MNIST, out_channels=2), schedule=DDPM(law="cosine"),
+        prediction=Prediction("eps", learned_variance=True),
+    ),
     "mnist-vp": _with(_mnist, loss="sde", schedule=VP(), prediction=EPS_VP),
     "mnist-subvp": _with(_mnist, loss="sde", schedule=SubVP(), prediction=EPS_VP),
     "mnist-ve": _with(_mnist, loss="sde", schedule=VE(), prediction=Prediction("ve")),
@@ -75,6 +79,12 @@ PRESETS: dict[str, TrainConfig] = {
     "cifar10-ddpm": TrainConfig(
         "ddpm", UNetConfig(), DDPM(), Prediction("eps"), images=800_000 * 128, lr=2e-4, warmup=5000 * 128,
         ema=(halflife(0.9999, 128),), ema_rampup=0.0, flip=True, **_published,
+    ),
+    # Nichol and Dhariwal 2021; Dhariwal and Nichol 2021, table 11
+    "imagenet64-adm": TrainConfig(
+        "iddpm", UNetConfig.adm(out_channels=6), DDPM(law="cosine"), Prediction("eps", learned_variance=True),
+        images=540_000 * 2048, batch=2048, lr=3e-4, optimizer="adamw", warmup=0, clip=0.0, ema=(halflife(0.9999, 2048),),
+        ema_rampup=0.0, flip=True, **_published,
     ),
     # Karras et al. 2022, VP and VE configurations
     "cifar10-edm-ddpmpp": _edm,
