@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -236,3 +237,11 @@ def test_unknown_names_and_options():
 def test_network_of_the_wrong_width():
     with pytest.raises(ValueError, match=r"network: it returns 2 channels .* learned_variance=False give it out_channels=1"):
         create("edm")(lambda x, c: torch.cat((x, x), 1), batch())
+
+
+def test_page_of_losses():
+    """docs/losses.md has every loss with its options and their defaults, and no other."""
+    text = (Path(__file__).parents[2] / "docs" / "losses.md").read_text()
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("| `")]
+    page = {row[0].strip("`"): set(row[3].split()) for row in rows}
+    assert page == {name: {f"{k}={v}" for k, v in losses.options(name).items()} for name in losses.LOSSES}

@@ -189,6 +189,34 @@ def test_history_does_not_depend_on_the_split():
     assert not loss.important.seen
 
 
+def test_ranks_share_their_history(monkeypatch):
+    """Two processes with half a batch each end with the history of one that has it all."""
+    b, whole, halves = batch(64, (1, 2, 2)), create(importance=True), [create(importance=True) for _ in range(2)]
+
+    def net(x, c):
+        return torch.cat((x, x), 1)
+
+    whole(net, b)
+    whole.after_step(torch.nn.Identity(), 0.0)
+    for half, p in zip(halves, (slice(0, 32), slice(32, 64)), strict=True):
+        half(net, Batch(b.x0[p], b.seeds[p]))
+    sent = []
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    monkeypatch.setattr(torch.distributed, "all_gather_object", lambda out, mine: sent.append(mine))
+    for half in halves:  # what each of them sends, without what it keeps
+        half.important.update()
+
+    def gather(out, mine):
+        out[:] = sent
+
+    monkeypatch.setattr(torch.distributed, "all_gather_object", gather)
+    for half in halves:
+        half.important.history[:] = np.nan
+        half.after_step(torch.nn.Identity(), 0.0)
+        np.testing.assert_allclose(half.important.history, whole.important.history, rtol=1e-5)
+
+
 def test_state_is_what_a_resumed_run_needs():
     loss, b = create(importance=True, schedule=schedules.DDPM(T=4)), batch(200, (1, 2, 2))
 

@@ -186,6 +186,12 @@ class ConsistencyDistillation(Consistency):
             raise ValueError(f"N: {self.N} levels have no pair; use at least 2")
         if not 0 <= self.mu < 1:
             raise ValueError(f"mu: {self.mu} is out of range; use 0 (no target network) up to, not including, 1")
+        known, asked = float(self.teacher.schedule.ratio(self.teacher.schedule.t_max)), self.schedule.t_max
+        if known < asked * (1 - 1e-6):
+            raise ValueError(
+                f"teacher: it knows noise up to {known:.4g} times the image, the student starts at {asked:.4g}; give the "
+                f"student the schedule EDM(sigma_max={known:.4g}), or another teacher"
+            )
 
     def levels(self, progress):
         return self.N
