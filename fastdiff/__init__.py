@@ -5,6 +5,7 @@ images = fastdiff.sample(nfe=2, seeds=range(64))    # float32 [64, 1, 28, 28] in
 """
 
 from fastdiff import ops, samplers, schedules
+from fastdiff.accelerate import accelerate, restore
 from fastdiff.denoiser import Denoiser, Prediction
 from fastdiff.info import info
 from fastdiff.model import CheckpointError, Model, from_state_dict, load, to_diffusers, wrap
@@ -25,11 +26,13 @@ __all__ = [
     "UNet",
     "UNetConfig",
     "__version__",
+    "accelerate",
     "from_state_dict",
     "info",
     "load",
     "make_plan",
     "ops",
+    "restore",
     "run",
     "sample",
     "samplers",

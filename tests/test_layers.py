@@ -16,7 +16,7 @@ FLOORS = [
     {"__main__"},
     {"cli"},
     {"commands"},
-    {"sample", "training", "info", "images"},
+    {"sample", "training", "info", "images", "accelerate"},
     {"request"},
     {"model"},
     {"plan", "samplers", "unet", "checkpoints"},
