@@ -16,7 +16,7 @@ FLOORS = [
     {"__main__"},
     {"cli"},
     {"commands"},
-    {"sample", "training", "metrics", "info", "images"},
+    {"sample", "training", "metrics", "info", "images", "accelerate"},
     {"compile"},
     {"request"},
     {"model"},
