@@ -18,7 +18,7 @@ FLOORS = [
     {"commands"},
     {"sample", "training", "metrics", "info", "images", "accelerate"},
     {"compile"},
-    {"request"},
+    {"request", "invariant"},
     {"model"},
     {"plan", "samplers", "unet", "checkpoints"},
     {"evaluation"},
