@@ -128,7 +128,7 @@ class Model:
             "times": {str(k): v for k, v in self.times.items()},
         }
         if self.convention != Convention():
-            description["convention"] = dataclasses.asdict(self.convention)
+            description["convention"] = self.convention.describe()
         return description
 
     def save(self, path: str | os.PathLike, dtype: torch.dtype | None = None) -> None:

@@ -149,6 +149,7 @@ def run(
     if (start is not None) != ("t_start" in options):
         raise ValueError("start, t_start: the images to start from and the time their noise belongs to come together")
     plan = make_plan(model, nfe, sampler, **options)
+    _check_range(model, plan, start, threshold)
     if n is None and noise is not None and seeds is None:
         seeds = range(len(noise[0]))
     seed_list = check_seeds(seeds, n)
@@ -202,6 +203,7 @@ def run(
             results.append(x)
         result = torch.cat(results)
         _check_finite(result, model)
+        result = 2 * result - 1 if model.convention.unit_images else result
         result = (result.clamp_(-1, 1) if clip_output else result).cpu()
     seconds = time.perf_counter() - begin
     kept = torch.stack([torch.cat(rows) for rows in zip(*states, strict=True)]).clone() if trajectory else None
@@ -219,6 +221,15 @@ def _adjustment(threshold: float | None, amount: float) -> Callable[[Tensor, Ten
         return d if threshold is None else dynamic_threshold(d, threshold)
 
     return adjust
+
+
+def _check_range(model: Model, plan: Plan, start: Tensor | None, threshold: float | None) -> None:
+    """What takes images for numbers in [-1, 1] is not for a network that knows them in [0, 1]."""
+    clips = any(row.d_clip for row in plan.rows)
+    if model.convention.unit_images and (clips or start is not None or threshold is not None):
+        raise ValueError(
+            "start, clip, threshold: this network's images lie in [0, 1], where these are not defined; leave them out"
+        )
 
 
 def _check_state(plan: Plan, i: int, x: Tensor) -> None:

@@ -14,7 +14,7 @@ from fastdiff import CheckpointError, Prediction
 from fastdiff.checkpoints import score_sde
 from fastdiff.schedules import DDPM, EDM, VE, VP
 
-EDM_CASES = ["edm_ddpmpp_cond_aug", "edm_ncsnpp_ve", "edm_adm_cond"]
+EDM_CASES = ["edm_ddpmpp_cond_aug", "edm_ddpmpp_uncond", "edm_ncsnpp_ve", "edm_adm_cond"]
 DDPM_SCHEDULER = {
     "_class_name": "DDPMScheduler",
     "num_train_timesteps": 1000,
