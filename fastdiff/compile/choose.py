@@ -15,19 +15,19 @@ from fastdiff import ops
 from fastdiff.compile.library import LibraryConvolution
 from fastdiff.compile.program import LIBRARY, Program
 from fastdiff.compile.steps import Conv3x3, Values
-from fastdiff.ops.conv3x3 import ALGORITHMS
 
 ROUNDS = 5
 MARGIN = 0.95  # a candidate must take less than this of the time of the one before it
 
 # dtype -> algorithms beside the library's, in the order of preference at equal speed. Each keeps its class of error:
 # float32 1e-6 a layer; bfloat16 at most twice plain bfloat16's.
-CANDIDATES = {torch.float32: ("winograd4", "winograd2"), torch.bfloat16: ("winograd2",)}
+CANDIDATES = {torch.float32: ("winograd4",), torch.bfloat16: ("winograd2",)}
 
 
 def candidates(step: Conv3x3, dtype: torch.dtype) -> list[str]:
     """The algorithms that can compute the step here, the library's first."""
-    return [LIBRARY, *(name for name in CANDIDATES.get(dtype, ()) if name in ALGORITHMS)]
+    known = ops.conv3x3_algorithms(dtype, step.weight.device)
+    return [LIBRARY, *(name for name in CANDIDATES.get(dtype, ()) if name in known)]
 
 
 def bind(step: Conv3x3, algorithm: str, program: Program, packed: Tensor | None = None) -> None:
