@@ -24,6 +24,8 @@ from fastdiff.unet import UNet, UNetConfig
 ASSETS = Path(__file__).parent / "assets"
 FORMAT = 1
 FAMILIES = ("diffusion", "consistency")
+# Readers of files that hold more than a model, by the entry of their description: read(path, description, fields, device).
+READERS: dict[str, Callable[..., "Model"]] = {}
 # What building a network from values of a file may stumble over.
 INCONSISTENT = (ArithmeticError, AttributeError, LookupError, RecursionError, RuntimeError, TypeError, ValueError)
 
@@ -315,9 +317,11 @@ def load(source: Any, device: str | torch.device = "cpu", **config: Any) -> Mode
     Raises: FileNotFoundError; CheckpointError for a truncated, foreign or inconsistent file, or weights that are not
     finite; TypeError for anything else, a network without its schedule in particular.
     """
+    foreign = None if isinstance(source, Model) else files.of_object(source)
+    if config and (isinstance(source, Model) or foreign is not None):
+        raise CheckpointError(f"model: a {type(source).__name__} says itself what it is; leave {', '.join(config)} out")
     if isinstance(source, Model):
         return source
-    foreign = files.of_object(source)
     if foreign is None:
         path = _path(source)
         found = files.read(path, config)
@@ -367,7 +371,6 @@ def _build(path: Path, found: files.Native, device: str | torch.device) -> Model
     if version != FORMAT:
         raise CheckpointError(f"model: {path} has format {version}, this fastdiff reads {FORMAT}; update fastdiff")
     try:
-        network = checkpoints.build(UNetConfig(**description["network"]["config"]))
         about = {
             "schedule": schedules.from_dict(description["schedule"]),
             "prediction": Prediction.from_dict(description["prediction"]),
@@ -376,8 +379,12 @@ def _build(path: Path, found: files.Native, device: str | torch.device) -> Model
             "labels": description["labels"],
             "times": {int(k): v for k, v in description["times"].items()},
             "convention": Convention(**description.get("convention", {})),
+            "info": description.get("info", {}),
         }
+        for entry in READERS.keys() & description.keys():
+            return READERS[entry](path, description, about, device)
+        network = checkpoints.build(UNetConfig(**description["network"]["config"]))
     except INCONSISTENT as error:
         raise CheckpointError(f"model: the description in {path} is incomplete or inconsistent: {error!r}") from error
     checkpoints.fill(network, checkpoints.Layout(), found.state, f"model: the weights in {path}")
-    return Model(network.to(device), **about, info=description.get("info", {}))
+    return Model(network.to(device), **about)

@@ -15,6 +15,8 @@ from fastdiff.samplers import SAMPLERS, adaptive, of_scheduler
 from fastdiff.stepwise import Guidance
 
 FRESH_SEEDS = 2**48  # a fresh run starts at a random seed below this, short enough to copy by hand
+QUALITIES = {"lossless": torch.float32, "high": torch.bfloat16, "fast": torch.bfloat16}  # the network's type
+COMPILE = ("auto", "off", "fast", "inductor")
 NFE = 2  # where nothing is said
 FEW, MANY = 4, 250  # below the one Euler or DDIM, from the other on a DDPM chain ancestral sampling
 
@@ -126,6 +128,16 @@ def check_labels(labels, seeds: list[int], model: Model) -> list[int] | None:
         if isinstance(label, bool) or not hasattr(label, "__index__") or not 0 <= int(label) < model.labels:
             raise ValueError(f"labels: {label!r} is out of range; this model has classes 0 ... {model.labels - 1}")
     return [int(label) for label in listed]
+
+
+def check_quality(quality: str) -> None:
+    if quality not in QUALITIES:
+        raise ValueError(f"quality: {quality!r} is not known; use one of {', '.join(QUALITIES)}")
+
+
+def check_compile(compile: str) -> None:
+    if compile not in COMPILE:
+        raise ValueError(f"compile: {compile!r} is not known; use one of {', '.join(COMPILE)}")
 
 
 def check_batch_size(batch_size: int | None, device: torch.device) -> int:

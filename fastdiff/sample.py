@@ -14,16 +14,21 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from fastdiff import invariant, ops
+from fastdiff.compile import Compiled
+from fastdiff.compile.automatic import Engine, engine
 from fastdiff.model import Model, load, packaged
-from fastdiff.plan import Plan, execute
+from fastdiff.plan import Plan
 from fastdiff.request import (
     MANY,
+    QUALITIES,
     Guide,
     check_batch_size,
+    check_compile,
     check_guidance,
     check_images,
     check_labels,
     check_noise,
+    check_quality,
     check_seeds,
     guidance_of,
     make_plan,
@@ -47,6 +52,7 @@ class Samples:
     seconds: float  # wall time, model loading left out
     device: torch.device
     dtype: torch.dtype
+    engine: str  # what computed the network: "fast", "inductor" or "network", and why
     trajectory: Tensor | None = None  # [rows, n, C, H, W], the state after each row, where it was asked for
 
 
@@ -65,6 +71,8 @@ def sample(
     batch_size: int | None = None,
     device: str | torch.device | None = None,
     dtype: torch.dtype = torch.float32,
+    quality: str = "lossless",
+    compile: str = "auto",
     progress: bool | None = None,
     clip_output: bool = True,
     callback: Callable[[int, Tensor], None] | None = None,
@@ -90,6 +98,11 @@ def sample(
         device: where to compute; by default where the model is, and the GPU, where there is one, for a path.
         dtype: what the network computes in: float32 (default), bfloat16, float16 with a float32 state of the sampler;
             float64 for both.
+        quality: "lossless": as dtype says, float32 without TF32. "high": bfloat16 with float32 sums, error at most twice
+            that of a plain bfloat16 network. "fast": what is opted into beyond; nothing today, so it is "high".
+        compile: how a `fastdiff.UNet` is computed. "auto": by a program of `fastdiff.compile` where this call's images pay
+            for making it or it is there already, kept with the model; "fast": by such a program in any case; "off": the
+            network as it is, which starts at once; "inductor": by torch.compile(fullgraph=True). They agree to rounding.
         progress: show a bar; by default on a terminal when it takes more than a moment.
         clip_output: clamp the result to [-1, 1].
         callback: callback(row, x) after each row of the plan; x is the sampler's own state, not a copy.
@@ -121,6 +134,8 @@ def run(
     batch_size: int | None = None,
     device: str | torch.device | None = None,
     dtype: torch.dtype = torch.float32,
+    quality: str = "lossless",
+    compile: str = "auto",
     progress: bool | None = None,
     clip_output: bool = True,
     callback: Callable[[int, Tensor], None] | None = None,
@@ -153,9 +168,17 @@ def run(
     images = check_images(start, model.shape, len(seed_list))
     draws = check_noise(noise, plan, model.shape, len(seed_list))
     size = check_batch_size(batch_size, target)
+    check_quality(quality)
+    check_compile(compile)
+    dtype = QUALITIES[quality] if dtype == torch.float32 else dtype
     placed = _placed(model, target, dtype)
-    weaker = _placed(guide[0].model, target, dtype) if guide and guide[0].model else None
-    network, counter = _counted(invariant.Invariant(placed) if deterministic else placed)
+    calls = len(seed_list) * (plan.nfe or MANY)  # rk45 counts its evaluations afterwards
+    by = engine(model, placed, dtype, compile, calls)
+    weaker, weaker_by = None, None
+    if guide and guide[0].model:
+        weaker = _placed(guide[0].model, target, dtype)
+        weaker_by = engine(guide[0].model, weaker, dtype, compile, calls)
+    network, counter = _counted(invariant.Invariant(by.call) if deterministic else by.call)
     adjust = _adjustment(threshold, guide[0].rescale if guide else 0.0)
     begin = time.perf_counter()
     results: list[Tensor] = []
@@ -168,23 +191,23 @@ def run(
             _check_state(plan, i, x)
             callback(i, x)
 
-    with torch.inference_mode(), _evaluating(placed), _evaluating(weaker), _autocast(target, dtype):
+    with torch.inference_mode(), _evaluating(placed), _evaluating(weaker), _autocast(target, dtype), _exact(quality):
         for first in _bar(range(0, len(seed_list), size), progress, plan, len(seed_list)):
             part = slice(first, first + size)
             batch_labels = None if label_list is None else torch.tensor(label_list[part], device=target)
             counter[0] = 0
             states.append([])
-            x = execute(
+            x = by.execute(
                 plan,
                 network,
                 ops.seed_tensor(seed_list[part], target),
                 model.shape,
                 batch_labels,
-                dtype=dtype,
+                dtype=_input_type(by, dtype),
                 x_T=None if draws is None else draws[0][part],
                 noise=None if draws is None else [z[part] for z in draws[1:]],
                 start=None if images is None else images[part].to(target),
-                guidance=guidance_of(guide, part, batch_labels, weaker),
+                guidance=guidance_of(guide, part, batch_labels, weaker_by.call if weaker_by else None),
                 adjust=adjust,
                 on_row=on_row if trajectory or callback is not None else None,
             )
@@ -195,8 +218,9 @@ def run(
         result = (result.clamp_(-1, 1) if clip_output else result).cpu()
     seconds = time.perf_counter() - begin
     kept = torch.stack([torch.cat(rows) for rows in zip(*states, strict=True)]).clone() if trajectory else None
-    evaluations = plan.nfe if isinstance(plan, Adaptive) else counter[0]
-    return Samples(result.clone(), seed_list, label_list, plan, model, evaluations, seconds, target, dtype, kept)
+    evaluations = plan.nfe if by.captured or isinstance(plan, Adaptive) else counter[0]
+    how = (evaluations, seconds, target, dtype, by.describe())
+    return Samples(result.clone(), seed_list, label_list, plan, model, *how, kept)
 
 
 def _adjustment(threshold: float | None, amount: float) -> Callable[[Tensor, Tensor, int], Tensor] | None:
@@ -244,6 +268,8 @@ def _resolve(model, nfe: int | None, device) -> tuple[Model, torch.device]:
 def _placed(model: Model, device: torch.device, dtype: torch.dtype) -> Callable[..., Tensor]:
     """The model's network on `device`, in float64 where that is asked for; the caller's own stays as it is."""
     network = model.network
+    if isinstance(model, Compiled) and model.device != device:
+        raise ValueError(f"model: it was compiled on {model.device}; compile it on {device}, or sample on {model.device}")
     if not isinstance(network, nn.Module):
         return network
     double = dtype == torch.float64 and any(p.dtype != dtype for p in network.parameters())
@@ -275,6 +301,23 @@ def _evaluating(network):
     finally:
         for m, was in zip(modules, training, strict=True):
             m.training = was
+
+
+def _input_type(by: Engine, dtype: torch.dtype) -> torch.dtype:
+    """That of the network's input: a program rounds for itself, and then the state's own serves."""
+    return torch.float32 if by.name == "fast" and dtype == torch.bfloat16 else dtype
+
+
+@contextlib.contextmanager
+def _exact(quality: str):
+    """Without TF32 where the images are to be lossless."""
+    convolutions, products = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
+    if quality == "lossless":
+        torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = convolutions, products
 
 
 def _autocast(device: torch.device, dtype: torch.dtype):

@@ -8,6 +8,7 @@
 h is 0 outside the image: the padding follows the norm. h is rounded to x's dtype, sums are float32 or better.
 """
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -21,7 +22,7 @@ from fastdiff.ops.group_norm_silu import _save as norm_save
 from fastdiff.ops.group_norm_silu import group_norm_silu, statistics
 from fastdiff.ops.group_norm_silu import reference as norm_reference
 
-ALGORITHMS = ("direct",)
+ALGORITHMS = ("direct", "winograd4", "winograd2")
 
 
 class Norm(NamedTuple):
@@ -56,7 +57,8 @@ def _convolve(h, weight, bias=None):
 
 def _finish(h, x, weight, bias, residual, out_scale, stats_groups, packed, algorithm):
     """(y, stats): everything behind the norm."""
-    _check_algorithm(algorithm)
+    if algorithm != "direct":
+        raise ValueError(f"algorithm: {algorithm!r} has no kernel for {x.dtype} on {x.device} here; use direct")
     weight = weight if packed is None else packed
     per_sample = bias is not None and bias.dim() == 2
     y = _convolve(h, weight, None if per_sample else bias)
@@ -115,14 +117,49 @@ _register.define(
 _register.compose("conv3x3", _with(_served_norm))
 
 
+# Winograd's F(m, 3): result = A^T [(G g) (B^T d)] with m + 1 finite points and infinity. The kernels' B and A have these.
+POINTS = {"winograd4": (0.0, 0.5**0.5, -(0.5**0.5), 2**0.5, -(2**0.5)), "winograd2": (0.0, 1.0, -1.0)}
+OPERAND = {"winograd4": torch.float32, "winograd2": torch.bfloat16}
+BLOCK, UNIT = 64, 16  # output channels of a block of packed weights, and what the last one is a multiple of
+
+
+def weight_transform(points: tuple[float, ...]) -> torch.Tensor:
+    """G [m + 2, 3]: values of the filter, a polynomial, at the points over prod_j (p_i - p_j); its last coefficient."""
+    rows = [[p**k / math.prod(p - q for q in points if q != p) for k in range(3)] for p in points]
+    return torch.tensor([*rows, [0.0, 0.0, 1.0]], dtype=torch.float64)
+
+
+def _packed_shape(weight, algorithm):
+    step, points = (1, 36) if algorithm == "winograd4" else (2, 16)
+    return points, -(-weight.shape[1] // step) * step, -(-weight.shape[0] // UNIT) * UNIT
+
+
 def _pack(weight, algorithm):
-    """The reference's packing is none; a back end's is its own."""
+    """direct: as it is. Winograd: for each block of output channels G g G^T [points, I / step, block, step], rounded once.
+
+    step is 2 for bfloat16, whose products take two input channels at once, else 1.
+    """
     _check_algorithm(algorithm)
-    return weight.clone(memory_format=torch.contiguous_format)
+    if algorithm == "direct":
+        return weight.clone(memory_format=torch.contiguous_format)
+    points, inputs, outputs = _packed_shape(weight, algorithm)
+    step, transform = 1 + (algorithm == "winograd2"), weight_transform(POINTS[algorithm]).to(weight.device)
+    packed, at = weight.new_zeros(points * inputs * outputs, dtype=OPERAND[algorithm]), 0
+    for first in range(0, outputs, BLOCK):
+        part = weight[first : first + BLOCK].double()
+        width = min(BLOCK, outputs - first)
+        block = packed[at : at + points * inputs * width].view(points, inputs // step, width, step)
+        made = (transform @ part @ transform.T).flatten(2).permute(2, 1, 0)  # [points, I, O]
+        padded = functional.pad(made, (0, width - made.shape[2], 0, inputs - made.shape[1]))
+        block.copy_(padded.view(points, inputs // step, step, width).transpose(2, 3))
+        at += block.numel()
+    return packed.view(points, inputs, outputs)
 
 
 def _fake_pack(weight, algorithm):
-    return torch.empty_like(weight, memory_format=torch.contiguous_format)
+    if algorithm == "direct":
+        return torch.empty_like(weight, memory_format=torch.contiguous_format)
+    return weight.new_empty(_packed_shape(weight, algorithm), dtype=OPERAND[algorithm])
 
 
 _register.define("conv3x3_pack", "(Tensor weight, str algorithm) -> Tensor", _pack, _fake_pack)
@@ -231,8 +268,11 @@ def conv3x3(
         out_scale: factor on the sum (DDPM++'s sqrt(1/2)); without a residual too.
         stats_groups: 0, or the number of groups of the next norm.
         packed: `conv3x3_pack(weight, algorithm)`, which then is what is multiplied; of `weight` only the shape is read, so
-            that one element expanded to [O, I, 3, 3] may stand in for it. Derivatives read weight, not packed.
-        algorithm: "direct"; back ends add others. Named by the caller, who keeps it: it does not depend on the batch.
+            that one element expanded to [O, I, 3, 3] may stand in for it. Derivatives read weight, not packed. Absent, it is
+            made in every call, which costs more than it saves.
+        algorithm: "direct", or where `conv3x3_algorithms(x.dtype, x.device)` says so "winograd4" (F(4x4, 3x3), products in
+            float32) or "winograd2" (F(2x2, 3x3), products of bfloat16). Named by the caller, who keeps it: it does not
+            depend on the batch. By Winograd's, y depends on neither batch nor threads, to the bit.
 
     Returns: (y, stats). y is like x with O channels. stats is None without stats_groups, else float32 (float64 for float64)
         mean and biased variance of y for `group_norm_silu(y, ..., stats=stats)`, taken before or after y is rounded to its
@@ -241,17 +281,17 @@ def conv3x3(
 
     Raises: TypeError, ValueError naming argument, value and remedy.
 
-    Served, until it has kernels of its own, by what `fastdiff info` calls "composed": group_norm_silu by its kernel,
-    PyTorch's convolution, the rest elementwise. That is no silent fallback, so FASTDIFF_STRICT=1 allows it where
-    group_norm_silu has a kernel, and raises where it has none.
+    "direct" is served by what `fastdiff info` calls "composed": group_norm_silu by its kernel, PyTorch's convolution, the
+    rest elementwise. That is no silent fallback, so FASTDIFF_STRICT=1 allows it where group_norm_silu has a kernel, and
+    raises where it has none. Winograd's have a CPU kernel of their own, which does all of it: docs/conv3x3.md.
 
-    Bytes moved: x, residual and weight read once, y written once; as composed today several passes more.
+    Bytes moved: x, residual and packed weights read once, y written once; "direct": several passes more.
     References: Ho 2020; Song 2021 and Karras 2022 (residual scaling); Lavin and Gray 2016 (Winograd, what packing is for).
     """
     _check(x, weight, bias, residual, stats_groups)
     if packed is not None:
         _check_tensor("packed", packed, x)
-    _check_algorithm(algorithm)
+    packed = _served(algorithm, x, weight, packed)
     call = _twin if _register.functorch_active() else torch.ops.fastdiff.conv3x3
     first = norm or Norm(None, None, 1)  # type: ignore[arg-type]
     if norm is not None:
@@ -264,15 +304,49 @@ def conv3x3(
 
 
 def conv3x3_pack(weight: torch.Tensor, algorithm: str = "direct") -> torch.Tensor:
-    """The weights as `algorithm` wants them on weight's device and in its dtype, for `conv3x3(..., packed=...)`.
+    """The weights as `algorithm` wants them, on weight's device, for `conv3x3(..., packed=...)`.
 
-    Shape and content are the back end's own and may change with any release: pack at load, store weights. Today's only
-    algorithm, "direct", takes [O, I, 3, 3] as it is.
+    "direct": [O, I, 3, 3] as it is. "winograd4": float32, 4 times as many elements; "winograd2": bfloat16, 16/9 times as
+    many; both transformed in float64 and rounded once, so pack the most precise weights there are. Shape and content may
+    change with any release: pack at load, store weights.
     """
     if weight.dim() != 4 or weight.shape[2:] != (3, 3) or not weight.is_floating_point():
         raise TypeError(f"weight: expected a floating-point tensor [O, I, 3, 3], got {weight.dtype} {tuple(weight.shape)}")
     _check_algorithm(algorithm)
     return torch.ops.fastdiff.conv3x3_pack(weight.detach(), algorithm)
+
+
+def conv3x3_algorithms(dtype: torch.dtype, device: str | torch.device = "cpu") -> tuple[str, ...]:
+    """The algorithms that serve `conv3x3` for x of this dtype on this device, here and now; "direct" is always one.
+
+    Which of them is fastest depends on the layer: measure, and keep the choice.
+    """
+    if torch.device(device).type != "cpu" or _register.serving("conv3x3", "cpu") != "c++" or dtype == torch.float64:
+        return ("direct",)
+    from fastdiff import _C
+
+    return ALGORITHMS if dtype == torch.bfloat16 and _C.isa() == "avx512_bf16" else ALGORITHMS[:2]
+
+
+def _served(algorithm, x, weight, packed):
+    """`packed` for an algorithm that is served; made here where it is absent and needed."""
+    _check_algorithm(algorithm)
+    if algorithm == "direct":
+        if packed is not None and packed.shape != weight.shape:
+            raise ValueError(f"packed: {tuple(packed.shape)} is not what conv3x3_pack(weight, 'direct') gives; pack again")
+        return packed
+    served = ALGORITHMS if torch.compiler.is_compiling() else conv3x3_algorithms(x.dtype, x.device)
+    if algorithm not in served:
+        raise ValueError(f"algorithm: {algorithm!r} is not served for {x.dtype} on {x.device}; use {' or '.join(served)}")
+    if packed is None:
+        return torch.ops.fastdiff.conv3x3_pack(weight.detach(), algorithm)
+    expected = _packed_shape(weight, algorithm)
+    if packed.dtype != OPERAND[algorithm] or tuple(packed.shape) != expected or not packed.is_contiguous():
+        raise ValueError(
+            f"packed: {packed.dtype} {tuple(packed.shape)} is not what conv3x3_pack(weight, {algorithm!r}) gives, "
+            f"contiguous {OPERAND[algorithm]} {expected}; pack again"
+        )
+    return packed
 
 
 def _check_algorithm(algorithm):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -225,6 +226,17 @@ def test_unknown_names_and_options():
         create("edm", pmean=1.0)
     with pytest.raises(ValueError, match="options: the loss 'ddpm' has no option 'gamma'; it has none"):
         create("ddpm", gamma=1.0)
+    for name, options, says in (
+        ("edm", {"p_mean": "low"}, "options: p_mean is a finite number, such as its default -1.2; got 'low'"),
+        ("edm", {"p_mean": math.nan}, "options: p_mean is a finite number, .* got nan"),
+        ("ncsn", {"levels": 2.5}, "options: levels is a whole number, such as its default 10; got 2.5"),
+        ("sde", {"importance": 1}, "options: importance is True or False, such as its default False; got 1"),
+        ("flow", {"law": 3}, "options: law is a word, such as its default 'uniform'; got 3"),
+        ("min-snr", {"gamma": 0}, "gamma: 0 is out of range; use a number > 0"),
+    ):
+        with pytest.raises(ValueError, match=says):
+            create(name, **options)
+    assert create("edm", p_mean=-1).p_mean == -1
     with pytest.raises(ValueError, match="teacher: the loss 'cd' distils a diffusion model; give one"):
         create("cd", kind="consistency")
     with pytest.raises(ValueError, match="teacher: the loss 'edm' has no use for one"):
@@ -236,3 +248,11 @@ def test_unknown_names_and_options():
 def test_network_of_the_wrong_width():
     with pytest.raises(ValueError, match=r"network: it returns 2 channels .* learned_variance=False give it out_channels=1"):
         create("edm")(lambda x, c: torch.cat((x, x), 1), batch())
+
+
+def test_page_of_losses():
+    """docs/losses.md has every loss with its options and their defaults, and no other."""
+    text = (Path(__file__).parents[2] / "docs" / "losses.md").read_text()
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("| `")]
+    page = {row[0].strip("`"): set(row[3].split()) for row in rows}
+    assert page == {name: {f"{k}={v}" for k, v in losses.options(name).items()} for name in losses.LOSSES}

@@ -5,6 +5,7 @@ A new one is a dataclass derived from `Loss`, or from `Regression` where it is a
 
 import dataclasses
 import difflib
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -22,6 +23,9 @@ from fastdiff.training.losses.ddpm import DDPMLoss, MinSNRLoss
 from fastdiff.training.losses.ect import ECTLoss
 from fastdiff.training.losses.edm import EDMLoss
 from fastdiff.training.losses.flow import FlowLoss
+from fastdiff.training.losses.improved_ddpm import ImprovedDDPMLoss
+from fastdiff.training.losses.ncsn import NCSNLoss
+from fastdiff.training.losses.score_matching import ImplicitScoreMatching, SlicedScoreMatching
 from fastdiff.training.losses.sde import SDELoss
 
 __all__ = ["LOSSES", "Batch", "Draw", "Loss", "create", "options"]
@@ -29,6 +33,10 @@ __all__ = ["LOSSES", "Batch", "Draw", "Loss", "create", "options"]
 LOSSES: dict[str, type[Loss]] = {
     "ddpm": DDPMLoss,
     "min-snr": MinSNRLoss,
+    "iddpm": ImprovedDDPMLoss,
+    "ncsn": NCSNLoss,
+    "implicit": ImplicitScoreMatching,
+    "sliced": SlicedScoreMatching,
     "sde": SDELoss,
     "edm": EDMLoss,
     "flow": FlowLoss,
@@ -45,6 +53,14 @@ def _named(name: str) -> type[Loss]:
         close = difflib.get_close_matches(name, LOSSES, 1, 0)[0]
         raise ValueError(f"loss: {name!r} is not known; did you mean {close}? There are {', '.join(LOSSES)}")
     return LOSSES[name]
+
+
+def _check_kind(key: str, value: Any, default: Any) -> None:
+    """ValueError where a value is not of its default's kind; a whole number serves as a float."""
+    kinds = (int, float) if type(default) is float else (type(default),)
+    if type(value) not in kinds or (isinstance(value, float) and not math.isfinite(value)):
+        what = {bool: "True or False", int: "a whole number", float: "a finite number", str: "a word"}[type(default)]
+        raise ValueError(f"options: {key} is {what}, such as its default {default!r}; got {value!r}")
 
 
 def options(name: str) -> dict[str, Any]:
@@ -74,6 +90,7 @@ def create(
             close = difflib.get_close_matches(key, known, 1, 0)
             hint = f"did you mean {close[0]}? It has {', '.join(known)}" if known else "it has none"
             raise ValueError(f"options: the loss {name!r} has no option {key!r}; {hint}")
+        _check_kind(key, given[key], known[key])
     fields = {f.name for f in dataclasses.fields(kind)}
     if kind.needs_teacher and teacher is None:
         raise ValueError(f"teacher: the loss {name!r} distils a diffusion model; give one")
