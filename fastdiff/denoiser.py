@@ -210,8 +210,10 @@ class DeviceCoefficients:
         if self.table is not None and self.table.device != t.device:
             with torch.inference_mode(False):
                 self.table = self.table.to(t.device)
-        columns = ops.schedule_coefficients(t, table=self.table, dtype=dtype, **self.arguments)
-        return self._angles(columns) if self.trig else columns
+        if self.trig:
+            exact = ops.schedule_coefficients(t, table=self.table, dtype=torch.float64, **self.arguments)
+            return self._angles(exact).to(dtype or (torch.float64 if t.dtype == torch.float64 else torch.float32))
+        return ops.schedule_coefficients(t, table=self.table, dtype=dtype, **self.arguments)
 
     def _angles(self, columns: Tensor) -> Tensor:
         """TrigFlow's coefficients from EDM's, differentiable in the same way."""
