@@ -256,6 +256,32 @@ def evaluate(
     eval_command.run(models, data, nfe, n, first_seed, sampler, option, classifier, batch_size, device, dtype, out)
 
 
+@app.command()
+def times(
+    model: Annotated[str, typer.Argument(help="Checkpoint or packaged name of a consistency model.")],
+    data: Annotated[Path, typer.Option(help="The data set that the model learned: a folder or zip, see fastdiff train.")],
+    out: Annotated[Path, typer.Option(help="Checkpoint to write, with the times in it.")],
+    nfe: Annotated[int, typer.Option(help="Network evaluations per image.")] = 2,
+    n: Annotated[int, typer.Option(help="Images for each candidate.")] = 500,
+    levels: Annotated[int, typer.Option(help="Noise levels to choose from.")] = 24,
+    classifier: Annotated[
+        Path | None, typer.Option(help="Of fastdiff train-classifier. [default: the packaged one, for MNIST]")
+    ] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1. [default: where the model is loaded]")] = None,
+) -> None:
+    """Search good evaluation times for a consistency model, and store them in its checkpoint.
+
+    \b
+    fastdiff times mnist-ect --data mnist --nfe 2 --out better.safetensors
+    fastdiff sample better.safetensors --nfe 2          now evaluates there
+
+    Coordinate descent: the FD of fastdiff eval, of the same seeds at every candidate, decides.
+    """
+    from fastdiff.commands import times_command
+
+    times_command.run(model, nfe, data, out, n, levels, classifier, device)
+
+
 @app.command("train-classifier")
 def train_classifier(
     data: Annotated[Path, typer.Option(help="Labelled data set: a folder or zip, see fastdiff train.")],

@@ -37,7 +37,7 @@ def run(
     if out is not None:
         check_folder(out)
     loaded = [(name, load(name)) for name in models]
-    judge = load_classifier(_judge(classifier, loaded))
+    judge = load_classifier(judge_of(classifier, loaded))
     images = load_images(data)
     for name, model in loaded:
         if model.shape is not None and tuple(model.shape) != images.shape:
@@ -87,7 +87,7 @@ def parse_nfe(text: str) -> list[int]:
     return [int(part) for part in parts]
 
 
-def _judge(classifier: Path | None, loaded: list[tuple[str, Model]]) -> Path:
+def judge_of(classifier: Path | None, loaded: list[tuple[str, Model]]) -> Path:
     """The file of the classifier: the one given, or a packaged one that fits every model."""
     if classifier is not None:
         return classifier
