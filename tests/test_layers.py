@@ -23,9 +23,9 @@ FLOORS = [
     {"plan", "samplers", "unet", "checkpoints"},
     {"evaluation"},
     {"denoiser", "nn", "stepwise"},
-    {"schedules"},
+    {"schedules", "unet_config"},
     {"ops"},
-    {"kernels", "_C", "version"},
+    {"kernels", "_C", "version", "atomic"},
 ]
 # Allowed within a floor: training draws and measures samples, samplers return Plans, checkpoints become UNets.
 SIDEWAYS = {
