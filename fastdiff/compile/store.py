@@ -19,7 +19,6 @@ from fastdiff.atomic import atomically
 from fastdiff.checkpoints.stored import DTYPES, safetensors
 from fastdiff.compile import Compiled, program_of
 from fastdiff.compile.fits import obstacle
-from fastdiff.compile.program import LIBRARY
 from fastdiff.model import READERS, Model
 from fastdiff.request import QUALITIES, check_quality
 from fastdiff.unet import UNetConfig
@@ -38,7 +37,7 @@ def machine() -> dict[str, str]:
 def save(model: Compiled, path: str | os.PathLike) -> None:
     """Write the file, all of it or nothing."""
     program = model.program
-    packed = {PACKED + s.name: s.packed for s in program.convolutions if s.packed is not None and s.algorithm != LIBRARY}
+    packed = {PACKED + s.name: s.packed for s in program.convolutions if s.packed is not None}
     about = {
         "quality": model.quality,
         "size": program.size,
