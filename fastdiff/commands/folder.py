@@ -22,8 +22,10 @@ def write(model: Model, request: dict[str, Any], out: Path, batch_size: int | No
 
     Batches are cut from the list of seeds, whatever is missing and however many processes there are (torchrun's RANK and
     WORLD_SIZE), so that an image is the same in every division of the work. No more than a batch is in memory. Half-written
-    files of processes that were killed are removed.
+    files of processes that were killed are removed. The network runs as it is, since a program of `fastdiff.compile` chooses
+    its algorithms by the clock, another in another process; the option compile="fast" prefers speed to equal bytes.
     """
+    options = {"compile": "off"} | options
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     device = request["device"]
     if device is None and torch.cuda.is_available():
