@@ -26,62 +26,7 @@ def first_claim(rows: list[Row]) -> dict[str, Any]:
             if "ddpm" in cell and len(cell) > 1:
                 cells.append(_cell(view, nfe, cell))
     won, lost = sum(c["outcome"] == "holds" for c in cells), sum(c["outcome"] == "fails" for c in cells)
-    verdict = "nothing measured yet" if not cells else "holds" if won == len(cells) else "fails" if lost == len(cells) else (
-        "depends on sampler and steps")  # fmt: skip
-    return {"verdict": verdict, "held": won, "failed": lost, "tied": len(cells) - won - lost, "cells": cells}
-
-
-def _ranking(rows: list[Row], view: str, nfe: int) -> dict[str, float]:
-    """FD of each family in this view. Consistency models have one sampler, which stands in every view."""
-    fds: dict[str, list[float]] = {}
-    for r in rows:
-        own = r is _first_sampler(rows, r["family"], nfe)
-        fits = view == "best" or (view == "own" and own) or r["asked"] == view or r["asked"] == "consistency"
-        if r["nfe"] == nfe and fits:
-            fds.setdefault(r["family"], []).append(r["fd"])
-    return {family: min(values) for family, values in fds.items()}
-
-
-def _first_sampler(rows: list[Row], family: str, nfe: int) -> Row | None:
-    """A family's rows begin with its own sampler."""
-    of_family = [r for r in rows if r["family"] == family]
-    return next((r for r in of_family if r["nfe"] == nfe and r["asked"] == of_family[0]["asked"]), None)
-
-
-def _cell(view: str, nfe: int, fds: dict[str, float]) -> dict[str, Any]:
-    among = {f: v for f, v in fds.items() if f in THESIS}
-    others = [v for f, v in among.items() if f != "ddpm"]
-    ahead = min(others, default=float("inf")) / fds["ddpm"]  # > 1: DDPM leads
-    outcome = "holds" if ahead > 1 + CLEAR else "fails" if ahead < 1 - CLEAR else "tied"
-    return {
-        "view": view,
-        "nfe": nfe,
-        "outcome": outcome,
-        "best": min(among, key=among.__getitem__),
-        "best_of_all": min(fds, key=fds.__getitem__),
-        "fd": dict(sorted(fds.items(), key=lambda item: item[1])),
-    }
-
-
-def second_claim(rows: list[Row]) -> dict[str, Any]:
-    """The diffusion models' best FD at any number of evaluations, against each consistency model's at one or two."""
-    diffusion = [r for r in rows if r["family"] in DIFFUSION]
-    few = {
-        family: min((r for r in rows if r["family"] == family and r["nfe"] <= FEW), key=lambda r: r["fd"])
-        for family in (*PERCEPTUAL, *PLAIN)
-        if any(r["family"] == family and r["nfe"] <= FEW for r in rows)
-    }
-    if not diffusion or not few:
-        return {"verdict": "nothing measured yet"}
-    target = min(diffusion, key=lambda r: r["fd"])
-    matching = [family for family, r in few.items() if r["fd"] <= COMPARABLE * target["fd"]]
-    with_, without = [f for f in matching if f in PERCEPTUAL], [f for f in matching if f in PLAIN]
-    if without:
-        verdict = "fails: " + ", ".join(without) + " match without a perceptual loss"
-    elif with_ and any(f in PLAIN for f in few):
-        verdict = "holds: only " + ", ".join(with_) + " match"
-    else:
-        if won == lost == 0:
+    if won == lost == 0:
         verdict = "tied" if cells else "nothing measured yet"
     else:
         verdict = "holds" if won == len(cells) else "fails" if lost == len(cells) else "depends on sampler and steps"
