@@ -22,7 +22,8 @@ import torch
 
 import fastdiff
 from fastdiff import ops, samplers, schedules
-from fastdiff.model import Model, atomically
+from fastdiff.atomic import atomically
+from fastdiff.model import Model
 from fastdiff.sample import run
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "quality"))

@@ -170,6 +170,7 @@ def run(
     size = check_batch_size(batch_size, target)
     check_quality(quality)
     check_compile(compile)
+    compile = "off" if deterministic and compile == "auto" else compile  # programs choose their algorithms by the clock
     dtype = QUALITIES[quality] if dtype == torch.float32 else dtype
     placed = _placed(model, target, dtype)
     calls = len(seed_list) * (plan.nfe or MANY)  # rk45 counts its evaluations afterwards

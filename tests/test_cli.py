@@ -1,9 +1,7 @@
 """The `fastdiff` command as a person uses it: what it prints, writes and refuses."""
 
 import re
-import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -224,24 +222,6 @@ def test_folder_by_several_processes(fastdiff_command, checkpoint, monkeypatch):
         out = fastdiff_command(*request, "--out", "three")[1]
         counts.append(int(re.search(r"(\d+) images? written", out)[1]))
     assert counts == [4, 5, 4] and files("three") == files("one")
-
-
-def test_killed_run_goes_on(checkpoint, tmp_path):
-    """kill -9 leaves whole files only; the same command then completes the folder, equal to an undisturbed one."""
-    arguments = ["sample", str(checkpoint), "--nfe", "2", "--seeds", "0-39", "--batch-size", "2"]
-    command = [sys.executable, "-m", "fastdiff", *arguments, "--out", str(tmp_path / "killed")]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
-    deadline = time.monotonic() + 120
-    while process.poll() is None and len(list((tmp_path / "killed").glob("0*.png"))) < 5 and time.monotonic() < deadline:
-        time.sleep(0.005)
-    process.kill()
-    process.wait()
-    begun = files(tmp_path / "killed")
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-    after = {name: data for name, data in files(tmp_path / "killed").items() if not name.endswith(".part")}
-    assert len(after) == 41 and all(after[name] == data for name, data in begun.items() if not name.endswith(".part"))
-    subprocess.run([*command[:-1], str(tmp_path / "whole")], check=True, stdout=subprocess.DEVNULL)
-    assert after == files(tmp_path / "whole")
 
 
 def test_every_sampler_and_preset_is_named(fastdiff_command):

@@ -113,8 +113,8 @@ class _Found:
                 self._consider(layer, _why_not_norm(layer), layers.GroupNorm, "group_norm")
 
     def convolutions(self) -> None:
-        for layer in self.names:
-            if isinstance(layer, nn.Conv2d) and layers.WINOGRAD:
+        for layer in self.names if layers.has_packed() else ():
+            if isinstance(layer, nn.Conv2d):
                 self._consider(layer, _why_not_convolution(layer), layers.Conv2d, "conv3x3")
 
     def owners(self) -> None:

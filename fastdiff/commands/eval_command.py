@@ -8,11 +8,12 @@ from pathlib import Path
 
 import typer
 
+from fastdiff.atomic import atomically
 from fastdiff.commands.sample_command import DTYPES, check_folder, parse_options
 from fastdiff.info import versions
 from fastdiff.metrics import Reference, evaluate, load_classifier, packaged_classifier, table
 from fastdiff.metrics.classifier import COMMAND
-from fastdiff.model import Model, atomically, load
+from fastdiff.model import Model, load
 from fastdiff.training import load_images
 
 
@@ -45,8 +46,10 @@ def run(
                 f"data: its images are {images.shape}, {name} makes {tuple(model.shape)}; give the model's data set"
             )
     reference = Reference.of(images.images, images.labels, judge)
-    typer.echo(f"judge: {judge.name}; reference: {len(images):,} images of {images.about.get('name', data)}, a half each for "
-               f"reference and floor. FD is no FID.")  # fmt: skip
+    name = images.about.get("name", data)
+    typer.echo(
+        f"judge: {judge.name}; data: {len(images):,} images of {name}, a half each for reference and floor. FD is no FID."
+    )
     record = {
         "classifier": judge.info | {"name": judge.name, "accuracy_here": reference.accuracy},
         "data": images.about | {"images": len(images), "fingerprint": images.fingerprint},
@@ -94,6 +97,6 @@ def _judge(classifier: Path | None, loaded: list[tuple[str, Model]]) -> Path:
     packaged = packaged_classifier(loaded[0][1].shape)
     if packaged is None:
         raise ValueError(
-            f"classifier: none is packaged for images {loaded[0][1].shape}; make one with {COMMAND} and give it as --classifier"
+            f"classifier: none is packaged for images {loaded[0][1].shape}; make one with {COMMAND} and give --classifier"
         )
     return packaged

@@ -4,11 +4,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from fastdiff import ops
-
 
 class LibraryConvolution:
-    """3x3 of stride 1 or 2, norm and SiLU in front, residual and scale behind.
+    """1x1, and 3x3 of stride 1 or 2, with residual and scale behind.
 
     On CPUs the weights are reordered once, and images are convolved one by one where the library would choose another
     order of summation for another batch: an image does not depend on its batch.
@@ -27,14 +25,11 @@ class LibraryConvolution:
         self,
         x: Tensor,
         bias: Tensor | None = None,
-        norm: ops.Norm | None = None,
         residual: Tensor | None = None,
         out_scale: float = 1.0,
     ) -> Tensor:
         """bias: [O] or [N, O]."""
         bias = self.bias if bias is None else bias.to(x.dtype)
-        if norm is not None:
-            x = ops.group_norm_silu(x, *norm[:4], norm.add, norm.scale, norm.shift, norm.stats, norm.silu)
         if not self.ordered:
             y = self._plain(x, bias, residual)
         elif len(x) == 1:
@@ -46,6 +41,7 @@ class LibraryConvolution:
         return y if out_scale == 1 else y.mul_(out_scale)
 
     def _one(self, x: Tensor, bias: Tensor, residual: Tensor | None) -> Tensor:
+        """One image, bias [O]."""
         call = torch.ops.mkldnn._convolution_pointwise
         geometry = (self.padding, self.stride, [1, 1], 1)
         if residual is None:

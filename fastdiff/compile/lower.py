@@ -91,9 +91,9 @@ class Lowering:
         return self._emit(make, module.out_channels, x.size)
 
     def _project(self, module: nn.Conv2d, x: Value) -> Value:
-        weight, bias = self._cast(module.weight).flatten(1).t(), self._cast(_bias(module))
-        self.operations += 2 * weight.numel() * x.size[0] * x.size[1]
-        return self._emit(lambda out: Project(out, x.number, weight, bias), module.out_channels, x.size)
+        self.operations += 2 * module.weight.numel() * x.size[0] * x.size[1]
+        library = LibraryConvolution(self._cast(module.weight), _bias(module), x.size, 1, 0)
+        return self._emit(lambda out: Project(out, x.number, library), module.out_channels, x.size)
 
     def _apply(self, call: Callable[..., Tensor], channels: int, size: tuple[int, int], *given: Value | None) -> Value:
         numbers = tuple(None if value is None else value.number for value in given)

@@ -17,6 +17,9 @@ from fastdiff.compile.library import LibraryConvolution
 Values = list[Tensor | None]
 Conditions = Sequence[Tensor]
 
+# Below the wrappers, whose checks of what lowering made would take as long as a small layer.
+CONV3X3, NORM, ATTENTION = (ops.overload(name) for name in ("conv3x3", "group_norm_silu", "group_norm_attention"))
+
 
 @dataclasses.dataclass
 class Step:
@@ -44,10 +47,14 @@ class NormWeights:
     stats: int | None = None
     scale_shift: int | None = None  # the condition that scales and shifts
 
-    def of(self, x: Tensor, v: Values, c: Conditions) -> ops.Norm:
+    def of(self, v: Values, c: Conditions) -> tuple:
+        """The arguments of `group_norm_silu` after x."""
         scale, shift = (None, None) if self.scale_shift is None else c[self.scale_shift].chunk(2, dim=1)
         stats = None if self.stats is None else v[self.stats]
-        return ops.Norm(self.weight, self.bias, self.groups, self.eps, None, scale, shift, stats, self.silu)
+        return self.weight, self.bias, self.groups, self.eps, None, scale, shift, stats, self.silu
+
+
+NOTHING = (None, None, 1, 1e-5, None, None, None, None, True)  # no norm
 
 
 @dataclasses.dataclass
@@ -75,23 +82,15 @@ class Conv3x3(Step):
     def run(self, v, c):
         x = v[self.x]
         bias = self.bias if self.add is None else c[self.add]
-        norm = None if self.norm is None else self.norm.of(x, v, c)
+        norm = NOTHING if self.norm is None else self.norm.of(v, c)
         residual = None if self.residual is None else v[self.residual]
         if self.library is not None:
-            v[self.out] = self.library(x, bias, norm, residual, self.out_scale)
+            x = x if self.norm is None else NORM(x, *norm)[0]
+            v[self.out] = self.library(x, bias, residual, self.out_scale)
             return
         groups = self.stats_groups if self.stats is not None else 0
-        v[self.out], stats = ops.conv3x3(
-            x,
-            self.weight,
-            bias,
-            norm=norm,
-            residual=residual,
-            out_scale=self.out_scale,
-            stats_groups=groups,
-            packed=self.packed,
-            algorithm=self.algorithm,
-        )
+        given = (residual, self.out_scale, groups, self.packed, self.algorithm)
+        v[self.out], stats, _ = CONV3X3(x, self.weight, bias, *norm, *given)
         if self.stats is not None:
             v[self.stats] = stats
 
@@ -115,23 +114,17 @@ class Halve(Step):
 
 @dataclasses.dataclass
 class Project(Step):
-    """A 1x1 convolution as one matrix product for each image: its sums do not depend on the batch."""
+    """A 1x1 convolution."""
 
     x: int
-    weight: Tensor  # [I, O]
-    bias: Tensor  # [O]
+    convolution: LibraryConvolution
 
     @property
     def reads(self):
         return (self.x,)
 
     def run(self, v, c):
-        x = v[self.x]
-        n, inputs, h, w = x.shape
-        rows = x.permute(0, 2, 3, 1).reshape(n, h * w, inputs)
-        outputs = self.weight.shape[1]
-        y = torch.baddbmm(self.bias.expand(n, h * w, -1), rows, self.weight.expand(n, -1, -1))
-        v[self.out] = y.view(n, h, w, outputs).permute(0, 3, 1, 2)
+        v[self.out] = self.convolution(v[self.x])
 
 
 @dataclasses.dataclass
@@ -150,9 +143,10 @@ class Attention(Step):
         return self.x, self.norm.stats
 
     def run(self, v, c):
-        norm = self.norm.of(v[self.x], v, c)
-        given = (norm.weight, norm.bias, norm.groups, *self.qkv, *self.project, self.heads, norm.eps)
-        v[self.out] = ops.group_norm_attention(v[self.x], *given, stats=norm.stats, out_scale=self.out_scale)
+        n, stats = self.norm, None if self.norm.stats is None else v[self.norm.stats]
+        scale = (self.project[0].shape[1] // self.heads) ** -0.5
+        given = (*self.qkv, *self.project, self.heads, scale, self.out_scale, stats)
+        v[self.out] = ATTENTION(v[self.x], n.weight, n.bias, n.groups, n.eps, *given)[0]
 
 
 @dataclasses.dataclass
@@ -167,8 +161,7 @@ class Normalise(Step):
         return self.x, self.norm.stats
 
     def run(self, v, c):
-        n = self.norm.of(v[self.x], v, c)
-        v[self.out] = ops.group_norm_silu(v[self.x], *n[:4], n.add, n.scale, n.shift, n.stats, n.silu)
+        v[self.out] = NORM(v[self.x], *self.norm.of(v, c))[0]
 
 
 @dataclasses.dataclass

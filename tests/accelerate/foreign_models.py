@@ -2,7 +2,7 @@
 
 import torch
 
-from fastdiff.accelerate.layers import WINOGRAD
+from fastdiff.accelerate.layers import has_packed
 
 TOLERANCE = 2e-5  # of float32 outputs, gradients and parameters after a step, relative to the largest value
 
@@ -71,7 +71,7 @@ CONVOLUTIONS = {"unet_2d": 19, "unet_2d_adm": 22, "unet_2d_condition": 19, "deco
 
 
 def expected_counts(name):
-    return COUNTS[name] | ({"conv3x3": CONVOLUTIONS[name]} if WINOGRAD else {})
+    return COUNTS[name] | ({"conv3x3": CONVOLUTIONS[name]} if has_packed() else {})
 
 
 def build(name, seed=0):

@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn.functional import silu
 
 import fastdiff
-from fastdiff.accelerate.layers import WINOGRAD
+from fastdiff.accelerate.layers import has_packed
 
 
 class Block(nn.Module):
@@ -214,6 +214,27 @@ def test_the_fused_op_is_called(kind, monkeypatch):
     assert calls == [True, True]
 
 
+@pytest.mark.skipif(not has_packed(), reason="the native code was not built: convolutions stay PyTorch's")
+@pytest.mark.parametrize("kind", [Nested, Statements], ids=lambda k: k.__name__)
+def test_norms_enter_the_packed_convolutions(kind, monkeypatch):
+    """In inference; F.dropout stands between the second norm and convolution of Nested. Not with gradients or autocast."""
+    from fastdiff import ops
+
+    normed, own = [], ops.conv3x3
+    monkeypatch.setattr(ops, "conv3x3", lambda *a, **k: normed.append("norm" in k) or own(*a, **k))
+    block, x = random_block(kind)
+    fastdiff.accelerate(block)
+    block(x)
+    with torch.no_grad(), torch.autocast("cpu"):
+        block(x)
+    assert normed == []
+    with torch.no_grad():
+        block(x)
+        assert normed == [True, kind is Statements]
+        block(x[:, :, :5, :5])  # 50 pixels in all
+    assert len(normed) == 2
+
+
 def test_the_report_is_what_runs(monkeypatch):
     """Branches: the flag chooses at run time whether norm or nothing stands before the SiLU."""
     calls = count_ops(monkeypatch)
@@ -270,7 +291,7 @@ def test_sequential():
     with torch.no_grad():
         expected = plain(x)
         report = fastdiff.accelerate(plain)
-        assert report.counts == {"group_norm_silu": 1} | ({"conv3x3": 1} if WINOGRAD else {})
+        assert report.counts == {"group_norm_silu": 1} | ({"conv3x3": 1} if has_packed() else {})
         assert far(plain(x), expected) <= TOLERANCE
         plain[1] = nn.Tanh()
         assert far(plain(x), plain[2](torch.tanh(plain[0](x)))) <= TOLERANCE

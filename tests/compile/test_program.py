@@ -7,12 +7,12 @@ import pytest
 import torch
 from compiled_networks import NETWORKS, awake, inputs
 
+from fastdiff import ops
 from fastdiff.compile import program_of
 from fastdiff.compile.choose import CANDIDATES
 from fastdiff.compile.conditions import Conditions
 from fastdiff.compile.program import LIBRARY
 from fastdiff.compile.steps import Attention, Conv3x3, Normalise
-from fastdiff.ops.conv3x3 import ALGORITHMS
 
 LOSSLESS = 2e-5  # of quality="lossless", relative to the output's norm
 
@@ -23,7 +23,7 @@ def choices(network, algorithm):
 
 
 def algorithms(dtype):
-    return [LIBRARY, *(a for a in CANDIDATES[dtype] if a in ALGORITHMS)]
+    return [LIBRARY, *(a for a in CANDIDATES[dtype] if a in ops.conv3x3_algorithms(dtype))]
 
 
 def error(got, truth):
