@@ -107,7 +107,8 @@ def ncnn(x, weight, bias):
         Path(folder, "param").write_text("\n".join(["7767517", "2 2", *layers, ""]))
         Path(folder, "bin").write_bytes(bytes(4) + weight.numpy().tobytes() + bias.numpy().tobytes())
         assert net.load_param(str(Path(folder, "param"))) == 0 and net.load_model(str(Path(folder, "bin"))) == 0
-    image = library.Mat(numpy.ascontiguousarray(x[0].float().numpy())).clone()  # its own memory
+    pixels = numpy.ascontiguousarray(x[0].float().numpy())  # a Mat does not keep what it was made of
+    image = library.Mat(pixels).clone()
 
     def run():
         extractor = net.create_extractor()

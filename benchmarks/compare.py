@@ -74,7 +74,6 @@ def work(name: str, options: argparse.Namespace) -> None:
     """The worker's side: prepare, report, then a turn for every line."""
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: options.threads])
     import torch
-
     from engines.case import STEP, Case, describe
 
     torch.set_num_threads(options.threads)
@@ -144,7 +143,6 @@ def measure(options: argparse.Namespace, names: list[str]) -> list[Result]:
 def floor_ms(options: argparse.Namespace) -> dict[str, float]:
     """Milliseconds that direct convolution would take at this processor's peak, measured now, for each precision."""
     import torch
-
     from engines.case import Case
 
     torch.set_num_threads(options.threads)

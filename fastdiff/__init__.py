@@ -5,6 +5,7 @@ images = fastdiff.sample(nfe=2, seeds=range(64))    # float32 [64, 1, 28, 28] in
 """
 
 from fastdiff import ops, samplers, schedules
+from fastdiff.accelerate import accelerate, restore
 from fastdiff.compile import Compiled, compile, store  # noqa: F401  (store reads compiled files)
 from fastdiff.denoiser import Denoiser, Prediction
 from fastdiff.info import info
@@ -27,12 +28,14 @@ __all__ = [
     "UNet",
     "UNetConfig",
     "__version__",
+    "accelerate",
     "compile",
     "from_state_dict",
     "info",
     "load",
     "make_plan",
     "ops",
+    "restore",
     "run",
     "sample",
     "samplers",

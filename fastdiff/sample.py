@@ -13,12 +13,13 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from fastdiff import ops
+from fastdiff import invariant, ops
 from fastdiff.compile import Compiled
 from fastdiff.compile.automatic import Engine, engine
 from fastdiff.model import Model, load, packaged
 from fastdiff.plan import Plan
 from fastdiff.request import (
+    MANY,
     QUALITIES,
     Guide,
     check_batch_size,
@@ -32,6 +33,7 @@ from fastdiff.request import (
     guidance_of,
     make_plan,
 )
+from fastdiff.samplers import Adaptive
 from fastdiff.samplers.adjust import dynamic_threshold, rescale
 
 DTYPES = {torch.float32, torch.bfloat16, torch.float16, torch.float64}
@@ -46,7 +48,7 @@ class Samples:
     labels: list[int] | None
     plan: Plan
     model: Model
-    evaluations: int  # network calls counted in each batch
+    evaluations: int  # network calls counted in each batch; for rk45 the most of an image
     seconds: float  # wall time, model loading left out
     device: torch.device
     dtype: torch.dtype
@@ -56,7 +58,7 @@ class Samples:
 
 def sample(
     model: Model | str | os.PathLike | None = None,
-    nfe: int = 2,
+    nfe: int | None = None,
     *,
     n: int | None = None,
     seeds: Iterable[int] | None = None,
@@ -74,6 +76,7 @@ def sample(
     progress: bool | None = None,
     clip_output: bool = True,
     callback: Callable[[int, Tensor], None] | None = None,
+    deterministic: bool = False,
     **options: Any,
 ) -> Tensor:
     """Images from a diffusion or consistency model in `nfe` network evaluations.
@@ -81,11 +84,11 @@ def sample(
     Args:
         model: None for the packaged MNIST digits; a packaged name, a path, a `Model`, what `fastdiff.wrap` returns, or a
             diffusers pipeline.
-        nfe: number of network evaluations, >= 1.
+        nfe: number of network evaluations, >= 1; 2 by default. "rk45" counts them: the most an image may take.
         n: how many images, from fresh seeds (printed to stderr); 1 where seeds are not given either.
         seeds: one integer in 0 ... 2^64 - 1 per image. An image depends on its own seed alone, not on the batch.
         labels: class of each image or one for all; by default seed modulo the number of classes.
-        sampler: "auto" or one of `fastdiff.samplers.SAMPLERS`; options are passed to it (times=, eta=, S_churn=, ...).
+        sampler: "auto", "rk45" or one of `fastdiff.samplers.SAMPLERS`; options are passed to it (times=, eta=, rtol=, ...).
             "auto" is a diffusers pipeline's own scheduler, see `fastdiff.samplers.of_scheduler`.
         guidance: weight of classifier-free guidance, 1 for none; or a `Guide`: interval, rescale, a weaker model.
         threshold: dynamic thresholding's quantile, such as 0.995, applied to each estimate of the image.
@@ -103,6 +106,7 @@ def sample(
         progress: show a bar; by default on a terminal when it takes more than a moment.
         clip_output: clamp the result to [-1, 1].
         callback: callback(row, x) after each row of the plan; x is the sampler's own state, not a copy.
+        deterministic: the same bits for an image in every batch, on CPUs; one image at a time where the network needs it.
 
     Returns: float32 (float64 with dtype=torch.float64) [n, C, H, W] in [-1, 1], on the CPU.
 
@@ -117,7 +121,7 @@ def sample(
 
 def run(
     model: Model | str | os.PathLike | None = None,
-    nfe: int = 2,
+    nfe: int | None = None,
     *,
     n: int | None = None,
     seeds: Iterable[int] | None = None,
@@ -135,13 +139,14 @@ def run(
     progress: bool | None = None,
     clip_output: bool = True,
     callback: Callable[[int, Tensor], None] | None = None,
+    deterministic: bool = False,
     trajectory: bool = False,
     **options: Any,
 ) -> Samples:
     """`sample` with its provenance: arguments as there. trajectory: keep the state after every row, too."""
     if "generator" in options:
         raise TypeError("generator: noise belongs to the sample here; pass seeds=[...], one integer per image, instead")
-    model, target = _resolve(model, nfe, device)
+    model, target = _resolve(model, MANY if sampler == "rk45" else nfe, device)
     if model.shape is None:
         raise ValueError("model: its image shape is not known; give it: fastdiff.wrap(net, ..., shape=(C, H, W))")
     if dtype not in DTYPES:
@@ -149,6 +154,11 @@ def run(
     if (start is not None) != ("t_start" in options):
         raise ValueError("start, t_start: the images to start from and the time their noise belongs to come together")
     plan = make_plan(model, nfe, sampler, **options)
+    if isinstance(plan, Adaptive) and (trajectory or callback is not None):
+        raise ValueError(
+            "callback, trajectory: rk45 takes other steps for each image; use a sampler with rows, such as heun"
+        )
+    invariant.check(deterministic, target)
     _check_range(model, plan, start, threshold)
     if n is None and noise is not None and seeds is None:
         seeds = range(len(noise[0]))
@@ -160,14 +170,16 @@ def run(
     size = check_batch_size(batch_size, target)
     check_quality(quality)
     check_compile(compile)
+    compile = "off" if deterministic and compile == "auto" else compile  # programs choose their algorithms by the clock
     dtype = QUALITIES[quality] if dtype == torch.float32 else dtype
     placed = _placed(model, target, dtype)
-    by = engine(model, placed, dtype, compile, len(seed_list) * plan.nfe)
+    calls = len(seed_list) * (plan.nfe or MANY)  # rk45 counts its evaluations afterwards
+    by = engine(model, placed, dtype, compile, calls)
     weaker, weaker_by = None, None
     if guide and guide[0].model:
         weaker = _placed(guide[0].model, target, dtype)
-        weaker_by = engine(guide[0].model, weaker, dtype, compile, len(seed_list) * plan.nfe)
-    network, counter = _counted(by.call)
+        weaker_by = engine(guide[0].model, weaker, dtype, compile, calls)
+    network, counter = _counted(invariant.Invariant(by.call) if deterministic else by.call)
     adjust = _adjustment(threshold, guide[0].rescale if guide else 0.0)
     begin = time.perf_counter()
     results: list[Tensor] = []
@@ -207,7 +219,7 @@ def run(
         result = (result.clamp_(-1, 1) if clip_output else result).cpu()
     seconds = time.perf_counter() - begin
     kept = torch.stack([torch.cat(rows) for rows in zip(*states, strict=True)]).clone() if trajectory else None
-    evaluations = plan.nfe if by.captured else counter[0]
+    evaluations = plan.nfe if by.captured or isinstance(plan, Adaptive) else counter[0]
     how = (evaluations, seconds, target, dtype, by.describe())
     return Samples(result.clone(), seed_list, label_list, plan, model, *how, kept)
 
@@ -238,11 +250,12 @@ def _check_state(plan: Plan, i: int, x: Tensor) -> None:
     if bad:
         row = plan.rows[i]
         raise FloatingPointError(
-            f"model: {bad} of {x.numel()} pixels are NaN or infinite after row {i + 1} of {len(plan.rows)}, t = {row.t:.6g}"
+            f"model: {bad} of {x.numel()} pixels ({bad / x.numel():.1%}) are NaN or infinite after row {i + 1} of "
+            f"{len(plan.rows)}, t = {row.t:.6g}"
         )
 
 
-def _resolve(model, nfe: int, device) -> tuple[Model, torch.device]:
+def _resolve(model, nfe: int | None, device) -> tuple[Model, torch.device]:
     """The model and the device to compute on."""
     if device is not None and torch.device(device).type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"device: {device} was asked for, but this machine has no usable CUDA GPU; use device='cpu'")

@@ -168,7 +168,7 @@ class Graphs:
         weights = None if guidance is None else (len(guidance.weight), guidance.interval, id(guidance.network))
         table, codes = plan.tables()
         key = (plan.name, table.tobytes(), codes.tobytes(), plan.norms, size, dtype, tuple(shape), labels is None, weights)
-        plain = noise is None and adjust is None and on_row is None and plan.revise is None
+        plain = noise is None and adjust is None and on_row is None and plan.revise is None and bool(plan.rows)
         if plain and key not in self.too_large:
             session = self._session(key, plan, network, seeds, shape, labels, dtype, guidance, size)
             if session is not None:

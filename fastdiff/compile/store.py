@@ -15,10 +15,11 @@ import torch
 from torch import Tensor
 
 from fastdiff import checkpoints, ops
+from fastdiff.atomic import atomically
 from fastdiff.checkpoints.stored import DTYPES, safetensors
 from fastdiff.compile import Compiled, program_of
 from fastdiff.compile.fits import obstacle
-from fastdiff.model import READERS, Model, atomically
+from fastdiff.model import READERS, Model
 from fastdiff.request import QUALITIES, check_quality
 from fastdiff.unet import UNetConfig
 from fastdiff.version import __version__

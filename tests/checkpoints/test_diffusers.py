@@ -1,5 +1,7 @@
 """diffusers' own networks give the numbers that diffusers gives, read from memory and from its files, and written back."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 from recorded_networks import error
@@ -80,7 +82,7 @@ def test_images_in_0_1(tmp_path):
     z = torch.randn(2, 3, 16, 16)
     plan = fastdiff.make_plan(model, 4, "euler")
     x, levels = z * plan.times[0], [*plan.times, 0.0]
-    for now, then in zip(levels[:-1], levels[1:], strict=True):
+    for now, then in pairwise(levels):
         x = x + (now - then) * now * net(x, torch.tensor(now)).sample  # dx/dt = -t score
     got = fastdiff.sample(model, nfe=4, sampler="euler", noise=[z], seeds=[0, 1], clip_output=False)
     assert error(got, 2 * x - 1) <= 2e-5
