@@ -101,7 +101,12 @@ def execute(request: Request) -> None:
         if group.leads:
             request.save()
             _announce(trainer, request)
-        trainer.train()
+        try:
+            trainer.train()
+        except KeyboardInterrupt as stop:  # the command line's library would leave its words out
+            if group.leads:
+                typer.echo(f"fastdiff: {stop}", err=True)
+            raise typer.Exit(130) from stop
         if group.leads:
             typer.echo(
                 f"wrote {request.out / 'model.safetensors'}; try: fastdiff sample {request.out / 'model.safetensors'}"
