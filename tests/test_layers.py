@@ -14,7 +14,7 @@ FILES = sorted(ROOT.rglob("*.py"))
 # unet/checkpoints and plan/samplers are two wings of one floor: neither imports the other.
 FLOORS = [
     {"__main__"},
-    {"cli"},
+    {"cli", "training_cli"},
     {"commands"},
     {"sample", "training", "metrics", "info", "images", "accelerate"},
     {"compile"},
@@ -29,6 +29,7 @@ FLOORS = [
 ]
 # Allowed within a floor: training draws and measures samples, samplers return Plans, checkpoints become UNets.
 SIDEWAYS = {
+    ("cli", "training_cli"),
     ("training", "sample"),
     ("training", "images"),
     ("training", "metrics"),

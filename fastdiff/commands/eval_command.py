@@ -46,8 +46,10 @@ def run(
                 f"data: its images are {images.shape}, {name} makes {tuple(model.shape)}; give the model's data set"
             )
     reference = Reference.of(images.images, images.labels, judge)
-    typer.echo(f"judge: {judge.name}; reference: {len(images):,} images of {images.about.get('name', data)}, a half each for "
-               f"reference and floor. FD is no FID.")  # fmt: skip
+    name = images.about.get("name", data)
+    typer.echo(
+        f"judge: {judge.name}; data: {len(images):,} images of {name}, a half each for reference and floor. FD is no FID."
+    )
     record = {
         "classifier": judge.info | {"name": judge.name, "accuracy_here": reference.accuracy},
         "data": images.about | {"images": len(images), "fingerprint": images.fingerprint},
@@ -95,6 +97,6 @@ def _judge(classifier: Path | None, loaded: list[tuple[str, Model]]) -> Path:
     packaged = packaged_classifier(loaded[0][1].shape)
     if packaged is None:
         raise ValueError(
-            f"classifier: none is packaged for images {loaded[0][1].shape}; make one with {COMMAND} and give it as --classifier"
+            f"classifier: none is packaged for images {loaded[0][1].shape}; make one with {COMMAND} and give --classifier"
         )
     return packaged

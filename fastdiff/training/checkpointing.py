@@ -38,8 +38,8 @@ def room(out: Path, step: int) -> Iterator[None]:
             raise
         free = shutil.disk_usage(out).free
         raise TrainingError(
-            f"step {step}: no room left to write in {out} ({free / 1e6:,.1f} MB free; {error}). {kept(out)}; free some space, "
-            f"then: fastdiff resume {out}"
+            f"step {step}: no room left to write in {out} ({free / 1e6:,.1f} MB free; {error}). {kept(out)}; free some "
+            f"space, then: fastdiff resume {out}"
         ) from error
 
 

@@ -125,8 +125,8 @@ class Trainer:
         self.save()
         if self._stop:
             raise KeyboardInterrupt(
-                f"stopped at step {self.step}; the same command continues from {self.out / checkpointing.STATE}, and so does "
-                f"fastdiff resume {self.out}"
+                f"stopped at step {self.step}; the same command continues from {self.out / checkpointing.STATE}, and so "
+                f"does fastdiff resume {self.out}"
             )
         return self._finish()
 
