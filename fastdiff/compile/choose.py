@@ -20,9 +20,9 @@ ROUNDS = 5
 CACHE = 2**26  # bytes, more than a processor's last cache
 MARGIN = 0.95  # a candidate must take less than this of the time of the one before it
 
-# dtype -> algorithms beside the library's, in the order of preference at equal speed. Each keeps its class of error:
-# float32 1e-6 a layer; bfloat16 at most twice plain bfloat16's.
-CANDIDATES = {torch.float32: ("winograd4",), torch.bfloat16: ("winograd2",)}
+# dtype -> algorithms beside the library's, in the order of preference at equal speed: those of less memory first. Each keeps
+# its class of error: float32 1e-6 a layer; bfloat16 at most twice plain bfloat16's.
+CANDIDATES = {torch.float32: ("winograd4_lean", "winograd4"), torch.bfloat16: ("winograd2",)}
 
 
 def candidates(step: Conv3x3, dtype: torch.dtype) -> list[str]:
