@@ -10,7 +10,6 @@ from collections.abc import Callable
 from torch import Tensor
 
 from fastdiff import ops, stepwise
-from fastdiff.ops.denoise_step import C
 from fastdiff.stepwise import Guidance
 
 
@@ -31,6 +30,7 @@ class Tables:
 
     rows: Tensor  # [rows, len(C)], x's dtype
     codes: Tensor  # int32 [rows, len(K)]
+    times: Tensor  # [rows], c_noise of their evaluations
     corrections: Tensor  # [rows, len(L)], x's dtype
     draws: Tensor  # int32 [rows]
 
@@ -39,7 +39,7 @@ def outputs(
     network: Callable[..., Tensor], b: Buffers, tables: Tables, labels: Tensor | None, guidance: Guidance | None
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """F, F_u and V of the network at this row's time, the last two None where there are none."""
-    c_noise = tables.rows[b.row, C.NOISE]
+    c_noise = tables.times.index_select(0, b.row)
     c_noise = c_noise.repeat(len(b.net_in) // max(len(b.x), 1)) if len(c_noise) > 1 else c_noise.expand(len(b.net_in))
     return stepwise.outputs(network, b.net_in, c_noise, labels, guidance, b.x.shape[1])
 

@@ -202,6 +202,9 @@ def execute(
     place of the seeds'. start: see `prepare`. adjust(D, unguided D, i) -> D changes the estimate of x0 in row i in ways that
     no row can. on_row(i, x) is called after each row.
     """
+    own = getattr(plan, "execute", None)  # of `samplers.Adaptive`, which has no rows
+    if own is not None:
+        return own(network, seeds, shape, labels, dtype=dtype, x_T=x_T, start=start, guidance=guidance, adjust=adjust)
     b = prepare(plan, seeds, shape, dtype, x_T, start=start, copies=guidance.copies if guidance else 1)
     loop = Loop(plan, network, seeds, labels, b, guidance, adjust, stepwise.given(noise, plan.draws, plan.name, b.x))
     for i in range(len(plan.rows)):
@@ -217,14 +220,15 @@ class Loop:
     def __init__(self, plan: Plan, network, seeds: Tensor, labels, b: Buffers, guidance, adjust, given):
         self.plan, self.network, self.seeds, self.labels, self.b = plan, network, seeds, labels, b
         self.guidance = guidance and dataclasses.replace(guidance, weight=guidance.weight.to(b.x))
-        self.adjust, self.given = adjust, given
+        self.adjust, self.given, self.learned = adjust, given, plan.learns
         self.interval = guidance.interval if guidance else None
-        self.rows: Sequence[tuple[Row, ...]] = (plan.rows,)  # one for all, or one for each sample
+        # one plan for all samples, or one for each
+        self.rows: Sequence[tuple[Row, ...]] = [plan.rows] * (1 if plan.revise is None else len(b.x))
         self.corrector, draws = plan.langevin_tables()
-        put = lambda v: torch.from_numpy(v).to(b.x.device)  # noqa: E731
-        nothing = put(np.zeros((0, len(C)))).to(b.x)
-        self.tables = Tables(nothing, put(np.zeros((0, len(K)), np.int32)), put(self.corrector).to(b.x), put(draws))
+        self.corrections, self.draws = torch.from_numpy(self.corrector).to(b.x), torch.from_numpy(draws).to(b.x.device)
         self._load()
+        if plan.revise is not None:
+            b.row = torch.arange(len(b.x), device=b.row.device) * len(plan.rows)
 
     def _load(self) -> None:
         """The tables of self.rows, one after another."""
@@ -233,17 +237,16 @@ class Loop:
         table, codes = self.host.reshape(-1, len(C)).copy(), np.concatenate([codes for _, codes in each])
         if self.given is not None:
             table[:, [C.N1, C.N2, C.N_V]] = 0.0
-        self.tables.rows = torch.from_numpy(table).to(self.b.x)
-        self.tables.codes = torch.from_numpy(codes).to(self.b.x.device)
+        rows, kinds = torch.from_numpy(table).to(self.b.x), torch.from_numpy(codes).to(self.b.x.device)
+        self.tables = Tables(rows, kinds, rows[:, C.NOISE].contiguous(), self.corrections, self.draws)
 
     def _revise(self, i: int) -> None:
         """Other rows from row i on, a sample's own, where the plan says so."""
         each = self.plan.revise(i, self.b.x) if self.plan.revise is not None else None
-        if each is None or not len(each):
+        if not each:
             return
         self.rows, b = each, self.b
         self._load()
-        b.row = torch.arange(len(each), device=b.row.device) * len(self.plan.rows) + i
         c = self.plan.prediction.coefficients(self.plan.schedule, np.array([rows[i].t for rows in each]))
         stepwise.refill(b.net_in, c.c_in, b.x)
 
@@ -261,7 +264,7 @@ class Loop:
         elif langevin:
             evaluation.correction(self.network, b, tables, seeds, self.labels, self.plan.norms)
         else:
-            evaluation.evaluation(self.network, b, tables, seeds, self.labels, self.guidance, self.plan.learns)
+            evaluation.evaluation(self.network, b, tables, seeds, self.labels, self.guidance, self.learned)
 
     def _stepwise(self, i: int, row: Row) -> None:
         """An evaluation with something in it that no row can say."""
@@ -271,7 +274,7 @@ class Loop:
         if self.adjust is not None or row.langevin is not None:  # langevin_step knows no guidance
             F, F_u, weight = self._adjusted(i, F, F_u, weight), None, None
         if row.langevin is None:
-            V = evaluation.variance(V, b.x.shape[1]) if self.plan.learns else None
+            V = evaluation.variance(V, b.x.shape[1]) if self.learned else None
             evaluation.update(b, self.tables, seeds, F, F_u, weight, V)
             if self.given is not None:
                 stepwise.add(self.given, list(row.noise), self.host[:, i], V, b.x, b.net_in)
@@ -288,4 +291,6 @@ class Loop:
         c = self.plan.prediction.coefficients(self.plan.schedule, t)
         adjust = self.adjust or (lambda d, unguided, i: d)
         change = lambda d, unguided: adjust(d, unguided, i)  # noqa: E731
-        return stepwise.adjusted(self.b.x, F, F_u, weight, self.host[:, i, C.GUIDE], c.c_skip, c.c_out, change)
+        x = self.b.x
+        d = stepwise.denoised(x, F, F_u, weight, self.host[:, i, C.GUIDE], c.c_skip, c.c_out, change)
+        return (d - stepwise.column(c.c_skip, x) * x) / stepwise.column(c.c_out, x)

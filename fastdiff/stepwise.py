@@ -92,7 +92,7 @@ def refill(net_in: Tensor, c_in: float | np.ndarray, x: Tensor) -> None:
         part.copy_(column(np.asarray(c_in), x) * x)
 
 
-def adjusted(
+def denoised(
     x: Tensor,
     F: Tensor,
     F_u: Tensor | None,
@@ -102,14 +102,11 @@ def adjusted(
     out: np.ndarray,
     adjust: Callable[[Tensor, Tensor], Tensor],
 ) -> Tensor:
-    """The output that makes D what adjust(D, unguided D) makes of it, guidance included; D = skip x + out F.
-
-    guide, skip, out: numbers for all samples, or one for each.
-    """
+    """adjust(D, unguided D), guidance included; D = skip x + out F. guide, skip, out: numbers for all, or one for each."""
     f, c_skip, c_out = F.to(x.dtype), column(skip, x), column(out, x)
     unguided = c_skip * x + c_out * f
     d = unguided
     if F_u is not None and weight is not None:
         w = weight.to(x).reshape(-1, *[1] * (x.dim() - 1))
         d = d + c_out * column(guide, x) * (w - 1) * (f - F_u.to(x.dtype))
-    return (adjust(d, unguided) - c_skip * x) / c_out
+    return adjust(d, unguided)

@@ -16,15 +16,16 @@ FLOORS = [
     {"__main__"},
     {"cli", "training_cli"},
     {"commands"},
-    {"sample", "training", "metrics", "info", "images"},
-    {"request"},
+    {"sample", "training", "metrics", "info", "images", "accelerate"},
+    {"compile"},
+    {"request", "invariant"},
     {"model"},
     {"plan", "samplers", "unet", "checkpoints"},
     {"evaluation"},
     {"denoiser", "nn", "stepwise"},
-    {"schedules"},
+    {"schedules", "unet_config"},
     {"ops"},
-    {"kernels", "_C", "version"},
+    {"kernels", "_C", "version", "atomic"},
 ]
 # Allowed within a floor: training draws and measures samples, samplers return Plans, checkpoints become UNets.
 SIDEWAYS = {

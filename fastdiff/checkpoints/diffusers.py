@@ -226,10 +226,10 @@ def names(network: UNet, v: Mapping[str, Any], state: Mapping[str, Any]) -> Layo
 def _about(v: Mapping[str, Any], scheduler: Mapping[str, Any] | None) -> About:
     if v["time_embedding_type"] == "fourier":
         low, high = ((scheduler or {}).get(k, d) for k, d in (("sigma_min", 0.01), ("sigma_max", 1348.0)))
-        # A network that centres its input knows images in [0, 1]; at twice the level they are images in [-1, 1].
+        # Images lie in [0, 1]. Where the network centres them, they are images in [-1, 1] at twice the level.
         unit = v["center_input_sample"]
         k = 2.0 if unit else 1.0
-        convention = Convention(log_level=True, divided=True, unit_range=unit)
+        convention = Convention(log_level=True, divided=True, unit_range=unit, unit_images=not unit)
         info = {} if scheduler is None else {"scheduler": _plain(scheduler)}
         return About(VE(k * low, k * high), Prediction("ve", time_scale=1 / k), convention=convention, info=info)
     require(not v["center_input_sample"], "config: center_input_sample is not read")

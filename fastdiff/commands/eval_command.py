@@ -8,11 +8,12 @@ from pathlib import Path
 
 import typer
 
+from fastdiff.atomic import atomically
 from fastdiff.commands.sample_command import DTYPES, check_folder, parse_options
 from fastdiff.info import versions
 from fastdiff.metrics import Reference, evaluate, load_classifier, packaged_classifier, table
 from fastdiff.metrics.classifier import COMMAND
-from fastdiff.model import Model, atomically, load
+from fastdiff.model import Model, load
 from fastdiff.training import load_images
 
 

@@ -12,10 +12,11 @@ import torch
 import typer
 
 import fastdiff
+from fastdiff.atomic import atomically
 from fastdiff.commands.average_command import chain
 from fastdiff.metrics import load_classifier, packaged_classifier
 from fastdiff.metrics.classifier import COMMAND
-from fastdiff.model import Model, atomically, load
+from fastdiff.model import Model, load
 from fastdiff.training import ImageData, TrainConfig, Trainer, checks, load_images, perceptual
 from fastdiff.training.distributed import joined
 from fastdiff.training.losses.distances import PERCEPTUAL

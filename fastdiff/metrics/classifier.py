@@ -15,7 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from fastdiff.model import atomically
+from fastdiff.atomic import atomically
 
 ASSETS = Path(__file__).parents[1] / "assets" / "classifiers"
 KEY = "fastdiff-classifier"

@@ -214,8 +214,14 @@ def compose(name: str, fn: Callable) -> None:
 
 
 def load_composed() -> None:
-    """Register what `compose` was given where nothing better is; the last of the three loads."""
+    """Register what `compose` was given where nothing better is; the last of the three loads.
+
+    The extension's kernel finds it as `fastdiff::<op>_composed` for the cases it does not take.
+    """
     for name, fn in _COMPOSED.items():
+        if _has_kernel(name, "CPU"):
+            _LIBRARY.define(f"{name}_composed{_OPS[name]}")
+            _LIBRARY.impl(f"{name}_composed", fn, "CompositeExplicitAutograd")
         for key in ("CPU", "CUDA"):
             if not _has_kernel(name, key):
                 _LIBRARY.impl(name, fn, key)

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from fastdiff.model import atomically
+from fastdiff.atomic import atomically
 
 STATE = "state.pt"
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)

@@ -7,8 +7,9 @@ import math
 from pathlib import Path
 from typing import Any
 
+from fastdiff.atomic import atomically
 from fastdiff.metrics import Classifier, Reference, Row, evaluate
-from fastdiff.model import Model, atomically
+from fastdiff.model import Model
 from fastdiff.training.data import ImageData
 
 REFERENCE_IMAGES = 20_000  # of the data that samples are compared with while training

@@ -1,5 +1,7 @@
 """diffusers' own networks give the numbers that diffusers gives, read from memory and from its files, and written back."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 from recorded_networks import error
@@ -71,6 +73,24 @@ def test_networks(name, tmp_path):
         assert error(model.net(x, t, labels), net(x, torch.tensor(t), class_labels=labels).sample) <= 1e-5
     net.save_pretrained(tmp_path)
     assert fastdiff.load(tmp_path).hash() == model.hash()
+
+
+def test_images_in_0_1(tmp_path):
+    """NCSN++ that does not centre its input knows images in [0, 1]: Euler's steps there, the images in [-1, 1]."""
+    net = network("ncsnpp")
+    model = fastdiff.load(net)
+    z = torch.randn(2, 3, 16, 16)
+    plan = fastdiff.make_plan(model, 4, "euler")
+    x, levels = z * plan.times[0], [*plan.times, 0.0]
+    for now, then in pairwise(levels):
+        x = x + (now - then) * now * net(x, torch.tensor(now)).sample  # dx/dt = -t score
+    got = fastdiff.sample(model, nfe=4, sampler="euler", noise=[z], seeds=[0, 1], clip_output=False)
+    assert error(got, 2 * x - 1) <= 2e-5
+    model.save(tmp_path / "m.safetensors")
+    assert fastdiff.load(tmp_path / "m.safetensors").convention == model.convention
+    for wrong in ({"clip": True}, {"threshold": 0.99}, {"start": z, "t_start": 1.0}):
+        with pytest.raises(ValueError, match=r"this network's images lie in \[0, 1\]"):
+            fastdiff.sample(model, nfe=4, sampler="euler", seeds=[0, 1], **wrong)
 
 
 @pytest.mark.parametrize(

@@ -13,12 +13,13 @@ from fastdiff.schedules import DDPM, EDM, VE
 from fastdiff.stepwise import Guidance
 
 SHAPE = (1, 8, 8)
-CHAIN = {"analytic-ddpm", "fast-ddpm", "lcm", "watson", "ddpm", "ddim"}
+CHAIN = {"analytic-ddpm", "fast-ddpm", "lcm", "san-roman", "watson", "ddpm", "ddim"}
 SDES = {"ancestral", "annealed-langevin", "euler-maruyama", "predictor-corrector", "reverse-diffusion"}
 OPTIONS = {
     "analytic-ddpm": {"gamma": np.full(1000, 0.9)},
     "watson": {"mse": np.linspace(0.1, 1, 1000)},
     "heun": {"S_churn": 20.0},
+    "san-roman": {"level": lambda x: torch.linspace(0.4, 0.6, len(x))},
 }
 
 

@@ -226,6 +226,17 @@ def test_unknown_names_and_options():
         create("edm", pmean=1.0)
     with pytest.raises(ValueError, match="options: the loss 'ddpm' has no option 'gamma'; it has none"):
         create("ddpm", gamma=1.0)
+    for name, options, says in (
+        ("edm", {"p_mean": "low"}, "options: p_mean is a finite number, such as its default -1.2; got 'low'"),
+        ("edm", {"p_mean": math.nan}, "options: p_mean is a finite number, .* got nan"),
+        ("ncsn", {"levels": 2.5}, "options: levels is a whole number, such as its default 10; got 2.5"),
+        ("sde", {"importance": 1}, "options: importance is True or False, such as its default False; got 1"),
+        ("flow", {"law": 3}, "options: law is a word, such as its default 'uniform'; got 3"),
+        ("min-snr", {"gamma": 0}, "gamma: 0 is out of range; use a number > 0"),
+    ):
+        with pytest.raises(ValueError, match=says):
+            create(name, **options)
+    assert create("edm", p_mean=-1).p_mean == -1
     with pytest.raises(ValueError, match="teacher: the loss 'cd' distils a diffusion model; give one"):
         create("cd", kind="consistency")
     with pytest.raises(ValueError, match="teacher: the loss 'edm' has no use for one"):

@@ -8,7 +8,7 @@ import torch
 from mixture import Mixture
 from stationary import BY_CHANCE, Probe, z_scores
 
-from fastdiff import Prediction, ops, schedules
+from fastdiff import Prediction, ops, samplers, schedules
 from fastdiff.training import losses
 from fastdiff.training.losses import Batch
 from fastdiff.training.losses.importance import KEPT, UNIFORM, ImportantTimes
@@ -105,6 +105,14 @@ def test_value_of_the_bound():
     difference = (got - 0.5 * (np.log(variance) - low) / math.log(2))[t > 0]
     assert abs(difference.mean()) <= BY_CHANCE * difference.std() / np.sqrt(len(difference))
     assert difference.std() / np.sqrt(len(difference)) <= 0.01 * got[t > 0].mean()
+
+
+def test_bounds_are_the_samplers():
+    """V means the same variance in training and in sampling, in every step that adds noise."""
+    loss = create()
+    plan = samplers.ddpm(SCHEDULE, loss.prediction, SCHEDULE.T, variance="learned")
+    steps = [row.learned for row in plan.rows if row.learned is not None]
+    np.testing.assert_allclose(steps, loss.table[:0:-1, :2], rtol=1e-9)
 
 
 @pytest.mark.parametrize("std", [0.003, 0.02, 0.5])

@@ -5,6 +5,7 @@ A new one is a dataclass derived from `Loss`, or from `Regression` where it is a
 
 import dataclasses
 import difflib
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -54,6 +55,14 @@ def _named(name: str) -> type[Loss]:
     return LOSSES[name]
 
 
+def _check_kind(key: str, value: Any, default: Any) -> None:
+    """ValueError where a value is not of its default's kind; a whole number serves as a float."""
+    kinds = (int, float) if type(default) is float else (type(default),)
+    if type(value) not in kinds or (isinstance(value, float) and not math.isfinite(value)):
+        what = {bool: "True or False", int: "a whole number", float: "a finite number", str: "a word"}[type(default)]
+        raise ValueError(f"options: {key} is {what}, such as its default {default!r}; got {value!r}")
+
+
 def options(name: str) -> dict[str, Any]:
     """The options of a loss and their defaults, all plain JSON values."""
     return {f.name: f.default for f in dataclasses.fields(_named(name)) if f.name not in _GIVEN}
@@ -81,6 +90,7 @@ def create(
             close = difflib.get_close_matches(key, known, 1, 0)
             hint = f"did you mean {close[0]}? It has {', '.join(known)}" if known else "it has none"
             raise ValueError(f"options: the loss {name!r} has no option {key!r}; {hint}")
+        _check_kind(key, given[key], known[key])
     fields = {f.name for f in dataclasses.fields(kind)}
     if kind.needs_teacher and teacher is None:
         raise ValueError(f"teacher: the loss {name!r} distils a diffusion model; give one")

@@ -86,6 +86,12 @@ def spread(values: np.ndarray, like: Tensor) -> Tensor:
     return torch.from_numpy(np.asarray(values, dtype=np.float64)).to(like.device, torch.float32)
 
 
+def column(values: np.ndarray, like: Tensor) -> Tensor:
+    """Host values [B], numbers or booleans, as [B, 1, ...] to go with images [B, ...]."""
+    there = torch.from_numpy(values).to(like.device) if values.dtype == bool else spread(values, like)
+    return there.reshape(-1, *[1] * (like.dim() - 1))
+
+
 def linear_forms(batch: Batch, *pairs: tuple[np.ndarray, np.ndarray]) -> Tensor:
     """[len(pairs), B, C, H, W]: a x0 + b n for each pair of float64 [B] arrays, all with the same noise, in one pass."""
     table = np.stack([np.stack(np.broadcast_arrays(a, b), -1) for a, b in pairs], 1)
@@ -157,6 +163,12 @@ def uniform_times(schedule: Schedule, batch: Batch) -> np.ndarray:
         steps = schedule.t_max + 1
         return np.minimum(np.floor(u * steps), steps - 1)
     return schedule.t_min + u * (schedule.t_max - schedule.t_min)
+
+
+def above(name: str, value: float, low: float, *, equal: bool = False) -> None:
+    """ValueError where a number is not larger than `low`; `equal`: it may be that, too."""
+    if not (value > low or (equal and value == low)):
+        raise ValueError(f"{name}: {value} is out of range; use a number {'>=' if equal else '>'} {low}")
 
 
 def one_of(name: str, value: str, choices: tuple[str, ...]) -> None:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from fastdiff.denoiser import Denoiser
 from fastdiff.schedules import EDM, Schedule, karras
 from fastdiff.training.losses import curricula
-from fastdiff.training.losses.base import Batch, Loss, linear_forms, one_of, same_dropout, spread, uniforms
+from fastdiff.training.losses.base import Batch, Loss, above, column, linear_forms, one_of, same_dropout, spread, uniforms
 from fastdiff.training.losses.distances import Distance
 
 
@@ -59,6 +59,8 @@ class Consistency(Loss):
             )
         one_of("pairs", self.pairs, ("uniform", "lognormal"))
         one_of("weighting", self.weighting, ("uniform", "gap"))
+        above("rho", self.rho, 0)
+        above("p_std", self.p_std, 0)
         self.distance = Distance(self.metric, self.c, self.perceptual)
         self.target: nn.Module | None = None
 
@@ -97,6 +99,8 @@ class Consistency(Loss):
             share = np.ones(len(grid) - 1)
         else:
             share = np.diff([math.erf(v) for v in (np.log(grid) - self.p_mean) / (math.sqrt(2) * self.p_std)])
+        if not share.sum() > 0:
+            raise ValueError(f"p_mean, p_std: {self.p_mean}, {self.p_std} leave no pair on the grid any chance")
         cumulative = np.cumsum(share) / share.sum()
         n = np.minimum(np.searchsorted(cumulative, uniforms(batch.seeds), side="right"), len(share) - 1)
         return grid[n + 1], grid[n]
@@ -182,8 +186,7 @@ class ConsistencyDistillation(Consistency):
     def __post_init__(self):
         super().__post_init__()
         one_of("solver", self.solver, ("heun", "euler"))
-        if not self.N >= 2:
-            raise ValueError(f"N: {self.N} levels have no pair; use at least 2")
+        above("N", self.N, 2, equal=True)
         if not 0 <= self.mu < 1:
             raise ValueError(f"mu: {self.mu} is out of range; use 0 (no target network) up to, not including, 1")
         known, asked = float(self.teacher.schedule.ratio(self.teacher.schedule.t_max)), self.schedule.t_max
@@ -220,8 +223,3 @@ class ConsistencyDistillation(Consistency):
         """The teacher's D at x = x0 + sigma n: its own path has alpha(t) x at the t of that noise level."""
         t = self.teacher.schedule.time_of(sigma)
         return self.teacher(column(self.teacher.schedule.alpha(t), x) * x, t, labels)
-
-
-def column(values: np.ndarray, x: Tensor) -> Tensor:
-    """Host values [B] as float32 [B, 1, ...], to multiply x [B, ...]."""
-    return spread(values, x).reshape(-1, *[1] * (x.dim() - 1))

@@ -8,7 +8,7 @@ import dataclasses
 
 import numpy as np
 
-from fastdiff.training.losses.base import Regression, uniform_times
+from fastdiff.training.losses.base import Regression, above, uniform_times
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -24,6 +24,9 @@ class MinSNRLoss(DDPMLoss):
     """gamma: the signal-to-noise ratio beyond which an image's weight does not grow."""
 
     gamma: float = 5.0
+
+    def __post_init__(self):
+        above("gamma", self.gamma, 0)
 
     def weight(self, t):
         return np.minimum(np.exp(self.schedule.log_snr(t)), self.gamma) * self.image_gain(t)

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from fastdiff.training.losses.base import one_of
+from fastdiff.training.losses.base import above, one_of
 
 PERCEPTUAL = ("lpips", "classifier")
 METRICS = ("l1", "l2", "huber", *PERCEPTUAL)
@@ -33,8 +33,7 @@ class Distance:
         one_of("metric", self.metric, METRICS)
         if self.metric in PERCEPTUAL and self.perceptual is None:
             raise ValueError(f"metric: {self.metric!r} needs its network; give perceptual.load({self.metric!r}, ...)")
-        if not self.c >= 0:
-            raise ValueError(f"c: {self.c} is out of range; the pseudo-Huber distance needs c >= 0")
+        above("c", self.c, 0, equal=True)
 
     def __call__(self, a: Tensor, b: Tensor) -> Tensor:
         if self.perceptual is not None and self.metric in PERCEPTUAL:

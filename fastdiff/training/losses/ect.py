@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from fastdiff.denoiser import Denoiser
-from fastdiff.training.losses.base import Loss, linear_forms, normals, same_dropout, spread
+from fastdiff.training.losses.base import Loss, above, column, linear_forms, normals, same_dropout, spread
 from fastdiff.training.losses.consistency import needs_edm_path
 from fastdiff.training.losses.distances import Distance
 
@@ -43,8 +43,7 @@ class ECTLoss(Loss):
         needs_edm_path(self.schedule)
         if not self.q >= 1:
             raise ValueError(f"q: {self.q} would put r after t; use q >= 1 (1: r = 0 always, the diffusion loss)")
-        if not self.stages >= 1:
-            raise ValueError(f"stages: {self.stages} is out of range; there is at least 1")
+        above("stages", self.stages, 1, equal=True)
         self.distance = Distance("huber", self.c)
 
     def __call__(self, network, batch):
@@ -55,5 +54,4 @@ class ECTLoss(Loss):
         with same_dropout(x_t), torch.no_grad():
             d_r = denoise(x_r, np.maximum(r, 1e-4), batch.labels)
         d_t = denoise(x_t, t, batch.labels)
-        zero = torch.from_numpy(r == 0).to(x_t.device).reshape(-1, *[1] * (x_t.dim() - 1))
-        return self.distance(d_t, torch.where(zero, batch.x0, d_r)) / spread(t - r, d_t)
+        return self.distance(d_t, torch.where(column(r == 0, x_t), batch.x0, d_r)) / spread(t - r, d_t)

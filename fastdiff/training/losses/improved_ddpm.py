@@ -16,7 +16,17 @@ import torch
 from torch import Tensor
 
 from fastdiff.schedules import DDPM
-from fastdiff.training.losses.base import Loss, evaluate, linear_forms, one_of, regression_forms, spread, uniforms
+from fastdiff.training.losses.base import (
+    Loss,
+    above,
+    column,
+    evaluate,
+    linear_forms,
+    one_of,
+    regression_forms,
+    spread,
+    uniforms,
+)
 from fastdiff.training.losses.importance import ImportantTimes
 
 HALF_BIN = 1 / 255  # of a pixel's 256 levels in [-1, 1]
@@ -33,6 +43,7 @@ class ImprovedDDPMLoss(Loss):
 
     def __post_init__(self):
         one_of("objective", self.objective, ("hybrid", "vlb"))
+        above("lambda_vlb", self.lambda_vlb, 0, equal=True)
         if not isinstance(self.schedule, DDPM):
             raise ValueError(f"schedule: learned variances need the discrete DDPM, got {type(self.schedule).__name__}")
         if not self.prediction.learned_variance:
@@ -62,25 +73,21 @@ class ImprovedDDPMLoss(Loss):
     def bound(self, error: Tensor, v: Tensor, x0: Tensor, t: np.ndarray) -> Tensor:
         """L_t in bits per pixel, [B]; error = F - F*, v the place of log Sigma."""
 
-        def each(values: np.ndarray) -> Tensor:
-            return spread(values, x0).reshape(-1, *[1] * (x0.dim() - 1))
-
-        low, high, from_x0 = self.table[t].T
-        log_variance = each(low) + (each(high) - each(low)) * (v + 1) / 2
-        off = each(self.prediction.coefficients(self.schedule, t).c_out) * error  # D - x0
+        low, high, from_x0 = (column(values, x0) for values in self.table[t].T)
+        log_variance = low + (high - low) * (v + 1) / 2
+        off = column(self.prediction.coefficients(self.schedule, t).c_out, x0) * error  # D - x0
         # KL of two normals: the difference of their means, over the model's variance.
-        gap = log_variance - each(low)
-        kl = 0.5 * (gap - 1 + torch.exp(-gap) + (each(from_x0) * off) ** 2 * torch.exp(-log_variance))
+        gap = log_variance - low
+        kl = 0.5 * (gap - 1 + torch.exp(-gap) + (from_x0 * off) ** 2 * torch.exp(-log_variance))
         nll = -_log_probability(x0.float(), off, log_variance)
-        first = torch.from_numpy(t == 0).to(x0.device).reshape(-1, *[1] * (x0.dim() - 1))
-        return torch.where(first, nll, kl).flatten(1).mean(1) / math.log(2)
+        return torch.where(column(t == 0, x0), nll, kl).flatten(1).mean(1) / math.log(2)
 
     def after_step(self, network, progress):
         if self.important is not None:
             self.important.update()
 
     def state_dict(self) -> dict[str, Any]:
-        return {} if self.important is None else {"history": torch.from_numpy(self.important.history)}
+        return {} if self.important is None else {"history": torch.tensor(self.important.history)}
 
     def load_state_dict(self, state):
         if self.important is not None:

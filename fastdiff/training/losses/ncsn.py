@@ -7,19 +7,13 @@ import dataclasses
 
 import numpy as np
 
-from fastdiff.training.losses.base import Batch, Regression, uniforms
+from fastdiff.training.losses.base import Batch, Regression, above, uniforms
 
 
 def level_times(schedule, batch: Batch, levels: int) -> np.ndarray:
     """t [B], uniform over `levels` noise levels in geometric progression from the schedule's first to its last."""
     ratios = np.geomspace(schedule.ratio(schedule.t_min), schedule.ratio(schedule.t_max), levels)
     return schedule.time_of(ratios[np.minimum((uniforms(batch.seeds) * levels).astype(int), levels - 1)])
-
-
-def check_levels(levels: int) -> None:
-    """ValueError where there is none."""
-    if not levels >= 1:
-        raise ValueError(f"levels: {levels} is out of range; there is at least 1")
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -29,7 +23,7 @@ class NCSNLoss(Regression):
     levels: int = 10
 
     def __post_init__(self):
-        check_levels(self.levels)
+        above("levels", self.levels, 1, equal=True)
 
     def times(self, batch):
         return level_times(self.schedule, batch, self.levels)

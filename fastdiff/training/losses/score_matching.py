@@ -15,8 +15,8 @@ from torch import Tensor
 
 from fastdiff import ops
 from fastdiff.denoiser import Denoiser
-from fastdiff.training.losses.base import Draw, Loss, linear_forms, spread
-from fastdiff.training.losses.ncsn import check_levels, level_times
+from fastdiff.training.losses.base import Draw, Loss, above, column, linear_forms, spread
+from fastdiff.training.losses.ncsn import level_times
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -27,7 +27,7 @@ class ImplicitScoreMatching(Loss):
     largest: ClassVar[int | None] = 1024
 
     def __post_init__(self):
-        check_levels(self.levels)
+        above("levels", self.levels, 1, equal=True)
 
     def __call__(self, network, batch):
         size = batch.x0[0].numel()
@@ -42,8 +42,7 @@ class ImplicitScoreMatching(Loss):
         with torch.enable_grad():  # of s in x, also where nothing is trained
             x = linear_forms(batch, (alpha, sigma))[0].requires_grad_()
             d = denoise(x, t, batch.labels)
-            a, s2 = (spread(v, x).reshape(-1, *[1] * (x.dim() - 1)) for v in (alpha, sigma**2))
-            score = (a * d - x) / s2
+            score = (column(alpha, x) * d - x) / column(sigma**2, x)
             objective = self.trace(score, x, batch.seeds) + 0.5 * score.square().flatten(1).sum(1)
         return spread(sigma**2 / size, x) * objective
 
