@@ -38,7 +38,7 @@ class Table:
             for row in csv.DictReader(file):
                 cells = [row.get(name) for name in self.columns]
                 if None not in cells and cells[0] and int(cells[0]) <= step:
-                    self.add(int(cells[0]), int(cells[1]), *(float(c) if c else None for c in cells[2:]))
+                    self.add(int(cells[0]), int(cells[1]), *(_number(c) for c in cells[2:]))
 
     def flush(self) -> None:
         atomically(self.path, self._write)
@@ -48,6 +48,13 @@ class Table:
             writer = csv.writer(file)
             writer.writerow(self.columns)
             writer.writerows(self.rows)
+
+
+def _number(text: str | None) -> float | None:
+    """As it was written, so that a table taken up is the table left alone."""
+    if not text:
+        return None
+    return int(text) if text.isdigit() else float(text)
 
 
 def plot(table: Table, path: Path) -> None:
