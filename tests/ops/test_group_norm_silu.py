@@ -104,6 +104,22 @@ def test_pairwise_covering(case, accurate):
     check_case(case, accurate)
 
 
+# Found by the full product: gradients that cancel to the last bit in groups of one element, and a first guess of the mean
+# from one channel where each has a pixel.
+TINY = [
+    (32, "C", (1, 1), 3, "contiguous", "bfloat16", "scale shift", True),
+    (32, "C", (1, 1), 3, "channels_last", "float16", "scale shift", True),
+    (3, 1, (1, 1), 1, "view", "bfloat16", "add", True),
+    (3, 1, (1, 1), 3, "view", "float32", "add", False),
+    (192, 4, (1, 1), 3, "view", "float32", "add", True),
+]
+
+
+@pytest.mark.parametrize("values", TINY, ids=lambda values: "-".join(map(str, values)).replace(" ", "+"))
+def test_tiny_groups(isa, values, accurate):
+    check_case(dict(zip(norm_cases.PARAMETERS, values, strict=True)), accurate)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("channels", norm_cases.PARAMETERS["channels"])
 def test_full_product(channels, accurate):
@@ -185,6 +201,7 @@ def test_views(isa, accurate):
         x.transpose(2, 3),
         x[:, ::2],
         x[:1].expand(4, -1, -1, -1),
+        x[:, :, :1, :1].contiguous().expand(4, 12, 10, 12),  # pixels that are all one: channels-last by its strides alone
         x.permute(0, 3, 1, 2),
     ):
         c = view.shape[1]
