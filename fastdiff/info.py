@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from fastdiff.model import ASSETS, load
-from fastdiff.ops import implementations, native
+from fastdiff.ops import conv3x3_algorithms, implementations, native
 from fastdiff.version import __version__
 
 PACKAGES = ("torch", "triton", "torchvision", "numpy", "safetensors")
@@ -65,6 +65,8 @@ def _ops() -> list[str]:
             why = served[device].why
             if why and f"{device}: {why}" not in notes:
                 notes.append(f"{device}: {why}")
+    served = {d: conv3x3_algorithms(d) for d in (torch.float32, torch.bfloat16)}
+    notes.append("cpu: conv3x3 by " + "; ".join(f"{', '.join(names)} ({str(d)[6:]})" for d, names in served.items()))
     widths = [max(len(row[i]) for row in rows) for i in range(3)]
     return ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows] + notes
 

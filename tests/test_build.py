@@ -22,7 +22,7 @@ OPS = (
     "resample",
     "embedding",
 )
-# Composed of other ops so far: a schema, a reference and tests, and no kernel of their own to test or to measure.
+# Composed of other ops on GPUs so far: no Triton kernel.
 COMPOSED = ("conv3x3",)
 
 
@@ -139,12 +139,10 @@ def test_instruction_set_can_be_lowered_and_is_validated():
 @pytest.mark.parametrize("op", (*OPS, *COMPOSED))
 @pytest.mark.parametrize("place", PLACES)
 def test_one_op_one_word(op, place):
-    if op in COMPOSED and place not in PLACES[:2]:
+    if op in COMPOSED and "triton" in place:
         from fastdiff.ops import _register
 
-        assert {_register.serving(op, device) for device in ("cpu", "cuda")} == {"composed"}, (
-            f"{op} has a kernel: move it to OPS"
-        )
+        assert _register.serving(op, "cuda") == "composed", f"{op} has a kernel: move it to OPS"
     else:
         assert (ROOT / place.format(op)).is_file()
 

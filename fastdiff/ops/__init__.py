@@ -5,9 +5,10 @@ says `torch.ops.fastdiff`.
 """
 
 from fastdiff.ops import _register
+from fastdiff.ops._register import overload
 from fastdiff.ops._serving import Served, implementations, native
 from fastdiff.ops.add_noise import add_noise
-from fastdiff.ops.conv3x3 import Norm, conv3x3, conv3x3_pack
+from fastdiff.ops.conv3x3 import Norm, conv3x3, conv3x3_algorithms, conv3x3_pack
 from fastdiff.ops.denoise_step import denoise_step
 from fastdiff.ops.embedding import embedding, frequencies
 from fastdiff.ops.group_norm_attention import group_norm_attention
@@ -36,6 +37,7 @@ __all__ = [
     "Served",
     "add_noise",
     "conv3x3",
+    "conv3x3_algorithms",
     "conv3x3_pack",
     "denoise_step",
     "embedding",
@@ -45,6 +47,7 @@ __all__ = [
     "implementations",
     "langevin_step",
     "native",
+    "overload",
     "philox_normal",
     "resample",
     "resample_pads",

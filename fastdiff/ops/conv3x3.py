@@ -21,7 +21,7 @@ from fastdiff.ops.group_norm_silu import _save as norm_save
 from fastdiff.ops.group_norm_silu import group_norm_silu, statistics
 from fastdiff.ops.group_norm_silu import reference as norm_reference
 
-ALGORITHMS = ("direct",)
+ALGORITHMS = ("direct", "winograd4", "winograd4_lean", "winograd2")
 
 
 class Norm(NamedTuple):
@@ -56,7 +56,8 @@ def _convolve(h, weight, bias=None):
 
 def _finish(h, x, weight, bias, residual, out_scale, stats_groups, packed, algorithm):
     """(y, stats): everything behind the norm."""
-    _check_algorithm(algorithm)
+    if algorithm != "direct":
+        raise ValueError(f"algorithm: {algorithm!r} has no kernel for {x.dtype} on {x.device} here; use direct")
     weight = weight if packed is None else packed
     per_sample = bias is not None and bias.dim() == 2
     y = _convolve(h, weight, None if per_sample else bias)
@@ -115,14 +116,53 @@ _register.define(
 _register.compose("conv3x3", _with(_served_norm))
 
 
+# Winograd's F(m, 3): result = A^T [(G g) (B^T d)], by m + 1 finite points and infinity. csrc/cpu has A and B of the same.
+_FOUR = (0.0, 0.5**0.5, -(0.5**0.5), 2**0.5, -(2**0.5))
+POINTS = {"winograd4": _FOUR, "winograd4_lean": _FOUR, "winograd2": (0.0, 1.0, -1.0)}
+OPERAND = {"winograd4": torch.float32, "winograd4_lean": torch.float32, "winograd2": torch.bfloat16}
+BLOCK, UNIT = 64, 16  # output channels of a block of packed weights, and what the last one is a multiple of
+
+
+def at_points(points: tuple[float, ...]) -> torch.Tensor:
+    """G [m + 2, 3]: g0 + g1 p + g2 p^2 at every point, then g2. Its 1 / prod_j (p_i - p_j) are in A."""
+    return torch.tensor([*[[1.0, p, p * p] for p in points], [0.0, 0.0, 1.0]], dtype=torch.float64)
+
+
+def _packed_shape(weight, algorithm):
+    """[values kept of a filter, I, O]; I is even for bfloat16, whose products take two input channels at once."""
+    values, step = {"winograd4": (36, 1), "winograd4_lean": (9, 1), "winograd2": (16, 2)}[algorithm]
+    return values, -(-weight.shape[1] // step) * step, -(-weight.shape[0] // UNIT) * UNIT
+
+
 def _pack(weight, algorithm):
-    """The reference's packing is none; a back end's is its own."""
+    """direct: as it is. Winograd: blocks of output channels, one after the other, padded with zeros.
+
+    winograd4, winograd2: G g G^T, rounded once: [points, I / step, block, step]. winograd4_lean: g itself, [I, 9, block].
+    """
     _check_algorithm(algorithm)
-    return weight.clone(memory_format=torch.contiguous_format)
+    if algorithm == "direct":
+        return weight.clone(memory_format=torch.contiguous_format)
+    (values, inputs, outputs), step = _packed_shape(weight, algorithm), 2 if algorithm == "winograd2" else 1
+    g = at_points(POINTS[algorithm]).to(weight.device)
+    packed, at = weight.new_zeros(values * inputs * outputs, dtype=OPERAND[algorithm]), 0
+    for first in range(0, outputs, BLOCK):
+        part, width = weight[first : first + BLOCK], min(BLOCK, outputs - first)
+        block = packed[at : at + values * inputs * width]
+        if algorithm == "winograd4_lean":
+            block.view(inputs, values, width)[..., : len(part)] = part.flatten(2).permute(1, 2, 0)
+        else:
+            made = (g @ part.double() @ g.T).flatten(2).permute(2, 1, 0)  # [points, I, O]
+            padded = functional.pad(made, (0, width - len(part), 0, inputs - made.shape[1]))
+            shape = values, inputs // step, step, width
+            block.view(values, inputs // step, width, step).copy_(padded.view(shape).transpose(2, 3))
+        at += block.numel()
+    return packed.view(values, inputs, outputs)
 
 
 def _fake_pack(weight, algorithm):
-    return torch.empty_like(weight, memory_format=torch.contiguous_format)
+    if algorithm == "direct":
+        return torch.empty_like(weight, memory_format=torch.contiguous_format)
+    return weight.new_empty(_packed_shape(weight, algorithm), dtype=OPERAND[algorithm])
 
 
 _register.define("conv3x3_pack", "(Tensor weight, str algorithm) -> Tensor", _pack, _fake_pack)
@@ -231,8 +271,13 @@ def conv3x3(
         out_scale: factor on the sum (DDPM++'s sqrt(1/2)); without a residual too.
         stats_groups: 0, or the number of groups of the next norm.
         packed: `conv3x3_pack(weight, algorithm)`, which then is what is multiplied; of `weight` only the shape is read, so
-            that one element expanded to [O, I, 3, 3] may stand in for it. Derivatives read weight, not packed.
-        algorithm: "direct"; back ends add others. Named by the caller, who keeps it: it does not depend on the batch.
+            that one element expanded to [O, I, 3, 3] may stand in for it. Derivatives read weight, not packed. Absent, it is
+            made in every call, which costs more than it saves.
+        algorithm: "direct", or one of those that `conv3x3_algorithms(x.dtype, x.device)` names. "winograd4": F(4x4, 3x3),
+            products in float32. "winograd4_lean": the same with weights that are transformed while they are used, which
+            take a quarter of the memory and of its bandwidth. "winograd2": F(2x2, 3x3), products of bfloat16. Named by the
+            caller, who keeps it: it does not depend on the batch. By Winograd's, y depends on neither batch nor threads, to
+            the bit.
 
     Returns: (y, stats). y is like x with O channels. stats is None without stats_groups, else float32 (float64 for float64)
         mean and biased variance of y for `group_norm_silu(y, ..., stats=stats)`, taken before or after y is rounded to its
@@ -241,17 +286,17 @@ def conv3x3(
 
     Raises: TypeError, ValueError naming argument, value and remedy.
 
-    Served, until it has kernels of its own, by what `fastdiff info` calls "composed": group_norm_silu by its kernel,
-    PyTorch's convolution, the rest elementwise. That is no silent fallback, so FASTDIFF_STRICT=1 allows it where
-    group_norm_silu has a kernel, and raises where it has none.
+    "direct" is served by what `fastdiff info` calls "composed": group_norm_silu by its kernel, PyTorch's convolution, the
+    rest elementwise. That is no silent fallback, so FASTDIFF_STRICT=1 allows it where group_norm_silu has a kernel, and
+    raises where it has none. Winograd's have a CPU kernel of their own, which does all of it: docs/conv3x3.md.
 
-    Bytes moved: x, residual and weight read once, y written once; as composed today several passes more.
+    Bytes moved: x, residual and packed weights read once, y written once; "direct": several passes more.
     References: Ho 2020; Song 2021 and Karras 2022 (residual scaling); Lavin and Gray 2016 (Winograd, what packing is for).
     """
     _check(x, weight, bias, residual, stats_groups)
     if packed is not None:
         _check_tensor("packed", packed, x)
-    _check_algorithm(algorithm)
+    packed = _served(algorithm, x, weight, packed)
     call = _twin if _register.functorch_active() else torch.ops.fastdiff.conv3x3
     first = norm or Norm(None, None, 1)  # type: ignore[arg-type]
     if norm is not None:
@@ -264,15 +309,49 @@ def conv3x3(
 
 
 def conv3x3_pack(weight: torch.Tensor, algorithm: str = "direct") -> torch.Tensor:
-    """The weights as `algorithm` wants them on weight's device and in its dtype, for `conv3x3(..., packed=...)`.
+    """The weights as `algorithm` wants them, on weight's device, for `conv3x3(..., packed=...)`.
 
-    Shape and content are the back end's own and may change with any release: pack at load, store weights. Today's only
-    algorithm, "direct", takes [O, I, 3, 3] as it is.
+    "direct": [O, I, 3, 3] as it is. "winograd4": float32, 4 times as many elements, and "winograd2": bfloat16, 16/9 times as
+    many; both transformed in float64 and rounded once, so pack the most precise weights there are. "winograd4_lean":
+    float32, as many elements as before. Shape and content may change with any release: pack at load, store weights.
     """
     if weight.dim() != 4 or weight.shape[2:] != (3, 3) or not weight.is_floating_point():
         raise TypeError(f"weight: expected a floating-point tensor [O, I, 3, 3], got {weight.dtype} {tuple(weight.shape)}")
     _check_algorithm(algorithm)
     return torch.ops.fastdiff.conv3x3_pack(weight.detach(), algorithm)
+
+
+def conv3x3_algorithms(dtype: torch.dtype, device: str | torch.device = "cpu") -> tuple[str, ...]:
+    """The algorithms that serve `conv3x3` for x of this dtype on this device, here and now; "direct" is always one.
+
+    Which of them is fastest depends on the layer: measure, and keep the choice.
+    """
+    if torch.device(device).type != "cpu" or _register.serving("conv3x3", "cpu") != "c++" or dtype == torch.float64:
+        return ("direct",)
+    from fastdiff import _C
+
+    return ALGORITHMS if dtype == torch.bfloat16 and _C.isa() == "avx512_bf16" else ALGORITHMS[:-1]
+
+
+def _served(algorithm, x, weight, packed):
+    """`packed` for an algorithm that is served; made here where it is absent and needed."""
+    _check_algorithm(algorithm)
+    if algorithm == "direct":
+        if packed is not None and packed.shape != weight.shape:
+            raise ValueError(f"packed: {tuple(packed.shape)} is not what conv3x3_pack(weight, 'direct') gives; pack again")
+        return packed
+    served = ALGORITHMS if torch.compiler.is_compiling() else conv3x3_algorithms(x.dtype, x.device)
+    if algorithm not in served:
+        raise ValueError(f"algorithm: {algorithm!r} is not served for {x.dtype} on {x.device}; use {' or '.join(served)}")
+    if packed is None:
+        return torch.ops.fastdiff.conv3x3_pack(weight.detach(), algorithm)
+    expected = _packed_shape(weight, algorithm)
+    if packed.dtype != OPERAND[algorithm] or tuple(packed.shape) != expected or not packed.is_contiguous():
+        raise ValueError(
+            f"packed: {packed.dtype} {tuple(packed.shape)} is not what conv3x3_pack(weight, {algorithm!r}) gives, "
+            f"contiguous {OPERAND[algorithm]} {expected}; pack again"
+        )
+    return packed
 
 
 def _check_algorithm(algorithm):

@@ -1,0 +1,285 @@
+"""conv3x3 by Winograd's algorithm: values with a tolerance of its own error analysis, statistics, bits, packing."""
+
+import itertools
+import math
+import sys
+
+import pytest
+import torch
+from test_conv3x3 import OPTIONS, double, make, textbook
+from torch.nn import functional
+
+from fastdiff.ops import Norm, conv3x3, conv3x3_algorithms, conv3x3_pack
+
+module = sys.modules["fastdiff.ops.conv3x3"]
+pytestmark = pytest.mark.skipif(len(conv3x3_algorithms(torch.float32)) == 1, reason="fastdiff._C is not built")
+
+SERVED = [("winograd4", torch.float32), ("winograd4_lean", torch.float32), ("winograd4", torch.bfloat16)]
+WITH_ISA = [*SERVED[:3], ("winograd4_lean", torch.float16)]
+if "winograd2" in conv3x3_algorithms(torch.bfloat16):
+    SERVED.append(("winograd2", torch.bfloat16))
+# n, inputs, outputs, height, width: a level; odd sides and channels; one pixel; first and last layer; less than a tile;
+# several slabs of one image; blocks of output channels cut short.
+SHAPES = [
+    (2, 16, 24, 8, 8),
+    (3, 6, 4, 5, 7),
+    (2, 8, 8, 1, 1),
+    (1, 3, 16, 6, 4),
+    (1, 1, 1, 3, 9),
+    (1, 48, 3, 7, 7),
+    (2, 33, 80, 2, 14),
+    (1, 17, 130, 28, 28),
+    (1, 4, 6, 37, 41),
+    (5, 8, 20, 4, 4),
+]
+
+
+def matrices(algorithm):
+    """A^T, G and B^T of F(m, 3) in float64, by Toom and Cook: B^T from the polynomials that vanish at the other points."""
+    points = module.POINTS[algorithm]
+    m, size = len(points) - 1, len(points) + 1
+    rows = []
+    for skipped in (*range(len(points)), None):
+        coefficients = torch.ones(1, dtype=torch.float64)
+        for i, p in enumerate(points):
+            if i != skipped:
+                coefficients = functional.pad(coefficients, (1, 0)) - p * functional.pad(coefficients, (0, 1))
+        rows.append(functional.pad(coefficients, (0, size - len(coefficients))))
+    scale = [1 / math.prod(p - q for q in points if q != p) for p in points]
+    at = [[s * p**k for p, s in zip(points, scale, strict=True)] + [float(k == m - 1)] for k in range(m)]
+    return torch.tensor(at, dtype=torch.float64), module.at_points(points), torch.stack(rows)
+
+
+def by_tiles(h, weight, algorithm, squared=False):
+    """Winograd's algorithm in float64. squared: the sum of squares of all products that make up a result."""
+    at, g, bt = matrices(algorithm)
+    m, size = at.shape
+    n, _, height, width = h.shape
+    padded = functional.pad(h.double(), (1, 1 + -width % m, 1, 1 + -height % m))
+    tiles = padded.unfold(2, size, m).unfold(3, size, m)
+    v, u = bt @ tiles @ bt.T, g @ weight.double() @ g.T
+    v, u, at = (v.square(), u.square(), at.square()) if squared else (v, u, at)
+    y = at @ torch.einsum("nirsuv,oiuv->norsuv", v, u) @ at.T
+    return y.permute(0, 1, 2, 4, 3, 5).reshape(n, len(weight), padded.shape[2] - 2, padded.shape[3] - 2)[
+        ..., :height, :width
+    ]
+
+
+def hidden(x, norm):
+    """What is convolved."""
+    identity = torch.zeros(x.shape[1], x.shape[1], 3, 3, dtype=x.dtype)
+    identity[:, :, 1, 1] = torch.eye(x.shape[1])
+    return x if norm is None else textbook(x, identity, norm=norm)[0]
+
+
+def tolerance(algorithm, dtype, h, weight, out_scale, largest):
+    """Six standard deviations of the roundings of operands, taken as independent, and the rounding of the result.
+
+    winograd2 rounds both operands of every product to bfloat16. winograd4's float32 operands come from up to four
+    operations each, and a sum of I products rounds as often again as its partial sums are large: sqrt(I) / 2 on average.
+    """
+    deviation = by_tiles(h, weight, algorithm, squared=True).sqrt().max().item()
+    if algorithm == "winograd2":
+        unit = torch.finfo(torch.bfloat16).eps / 2 * (2 / 3) ** 0.5
+    else:
+        unit = torch.finfo(torch.float32).eps / 2 * (8 + weight.shape[1] / 4) ** 0.5
+    return 6 * deviation * unit * abs(out_scale) + largest * (
+        torch.finfo(dtype).eps / 2 + 4 * torch.finfo(torch.float32).eps
+    )
+
+
+SUBSETS = [set(), *({o} for o in OPTIONS), set(OPTIONS)]
+
+
+def check_values(algorithm, dtype, channels_last, shapes, subsets):
+    for shape, only in itertools.product(shapes, subsets):
+        x, weight, options = make(shape, dtype, channels_last, only)
+        if "stats_groups" in options:
+            options["stats_groups"] = 4 if shape[2] % 4 == 0 else 1
+        weight = weight.to(dtype).float()
+        packed = conv3x3_pack(weight, algorithm)
+        y, stats = conv3x3(x, weight, **options, packed=packed, algorithm=algorithm)
+        truth, exact = textbook(x.double(), weight.double(), **double(options))
+        h = hidden(x.double(), double(options).get("norm"))
+        allowed = tolerance(algorithm, dtype, h, weight, options.get("out_scale", 1.0), truth.abs().max().item())
+        error = (y.double() - truth).abs().max().item()
+        assert error <= allowed, f"{shape} {only}: error {error:.3g}, allowed {allowed:.3g}"
+        form = torch.channels_last if channels_last else torch.contiguous_format
+        assert y.dtype == dtype and (y.is_contiguous(memory_format=form) or min(y.shape) == 1)
+        if "stats_groups" in only:
+            scale = truth.square().mean().sqrt().item()
+            torch.testing.assert_close(stats[..., 0].double(), exact[..., 0], rtol=0, atol=allowed)
+            torch.testing.assert_close(stats[..., 1].double(), exact[..., 1], rtol=0, atol=2 * scale * allowed + allowed**2)
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("algorithm, dtype", SERVED)
+def test_values(algorithm, dtype, channels_last):
+    check_values(algorithm, dtype, channels_last, SHAPES, [set(), set(OPTIONS)])
+    check_values(algorithm, dtype, channels_last, SHAPES[:2], SUBSETS)
+
+
+@pytest.mark.parametrize("algorithm, dtype", WITH_ISA)
+def test_values_of_every_instruction_set(isa, algorithm, dtype):
+    check_values(algorithm, dtype, True, SHAPES, [set(OPTIONS)])
+    check_values(algorithm, dtype, False, SHAPES[1:4], [set()])
+
+
+@pytest.mark.parametrize("algorithm, dtype", SERVED[:2] + SERVED[3:])
+def test_deep_layers(algorithm, dtype):
+    # more input channels than one run of sums, and the last run short
+    check_values(algorithm, dtype, True, [(1, 600, 70, 4, 5), (1, 1100, 16, 8, 8)], [set()])
+
+
+def test_error_at_the_layer_that_others_are_measured_at():
+    x, weight = torch.randn(1, 256, 32, 32), torch.randn(256, 256, 3, 3) / 48
+    truth = functional.conv2d(x.double(), weight.double(), padding=1)
+    for algorithm in ("winograd4", "winograd4_lean"):
+        y, _ = conv3x3(x, weight, algorithm=algorithm)
+        assert (y - truth).norm() / truth.norm() < 1.7e-6  # ncnn's F(4, 3)
+    if "winograd2" in conv3x3_algorithms(torch.bfloat16):
+        x, weight = x.bfloat16(), weight.bfloat16()
+        truth = functional.conv2d(x.double(), weight.double(), padding=1)
+        y, _ = conv3x3(x, weight, algorithm="winograd2")
+        plain = functional.conv2d(x, weight, padding=1)
+        assert (y - truth).norm() < 3 * (plain - truth).norm()  # this layer alone; a network's output: below 2
+
+
+@pytest.mark.parametrize("algorithm, dtype", SERVED)
+@pytest.mark.parametrize("side", [2, 7, 13, 40])
+def test_bits_depend_on_neither_batch_nor_threads(algorithm, dtype, side):
+    x, weight, options = make((5, 20, 72, side, side), dtype, True)
+    packed = conv3x3_pack(weight, algorithm)
+    threads = torch.get_num_threads()
+
+    def run(batch):
+        def cut(t):
+            return t[batch] if isinstance(t, torch.Tensor) and t.dim() > 1 and t.shape[0] == 5 else t
+
+        norm = Norm(*(cut(t) if i > 3 else t for i, t in enumerate(options["norm"])))
+        given = {k: cut(t) for k, t in options.items()} | {"norm": norm}
+        return conv3x3(x[batch], weight, **given, packed=packed, algorithm=algorithm)
+
+    try:
+        y, stats = run(slice(0, 5))
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            for batch in (slice(0, 5), slice(0, 1), slice(3, 5)):
+                again, moments = run(batch)
+                assert torch.equal(again, y[batch]) and torch.equal(moments, stats[batch])
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_statistics_of_images_far_from_zero():
+    x, weight = torch.randn(2, 16, 12, 12), torch.randn(32, 16, 3, 3) / 12
+    y, stats = conv3x3(x, weight, torch.full((32,), 1e3), stats_groups=4, algorithm="winograd4")
+    torch.testing.assert_close(stats, module.statistics(y.double(), None, 4).float(), rtol=1e-4, atol=0)
+
+
+def test_given_statistics_of_x():
+    x, weight, options = make(SHAPES[0])
+    norm = options["norm"]
+    given = module.statistics(x, norm.add, norm.groups) + 0.5
+    got = conv3x3(x, weight, norm=norm._replace(stats=given), algorithm="winograd4")[0]
+    torch.testing.assert_close(got, conv3x3(x, weight, norm=norm._replace(stats=given))[0], rtol=1e-4, atol=1e-5)
+
+
+def test_views():
+    x, weight, _ = make((4, 16, 8, 10, 12))
+    norm = Norm(torch.ones(8), torch.zeros(8), 2)
+    for view in (x[:, ::2], x[:, 4:12, ::2, 1::3], x.transpose(2, 3)[:, :8], x[:1, :8].expand(4, -1, -1, -1)):
+        got, _ = conv3x3(view, weight[:, :8], norm=norm, residual=view, algorithm="winograd4")
+        want, _ = conv3x3(view, weight[:, :8], norm=norm, residual=view)
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+        assert got.stride() == want.stride()
+    wide = x.to(memory_format=torch.channels_last)[:, 4:12]  # channels of a wider buffer, as a concatenation has them
+    got, _ = conv3x3(wide, weight[:, :8], norm=norm, algorithm="winograd4")
+    torch.testing.assert_close(got, conv3x3(wide, weight[:, :8], norm=norm)[0], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(0, 4, 2, 3, 3), (2, 4, 2, 0, 3), (2, 4, 2, 3, 0)])
+def test_empty(shape):
+    x, weight, options = make(shape)
+    options["stats_groups"] = 2
+    y, stats = conv3x3(x, weight, **options, algorithm="winograd4")
+    assert y.shape == (shape[0], 2, *shape[3:]) and stats.shape == (shape[0], 2, 2)
+
+
+def test_gradients_read_the_weight():
+    x, weight, options = make(SHAPES[0])
+    packed = conv3x3_pack(weight, "winograd4")
+    tensors = [x.requires_grad_(), weight.requires_grad_(), options["norm"].weight.requires_grad_()]
+    dy = torch.randn(2, 24, 8, 8)
+    got = torch.autograd.grad(conv3x3(x, weight, **options, packed=packed, algorithm="winograd4")[0], tensors, dy)
+    torch.testing.assert_close(got, torch.autograd.grad(conv3x3(x, weight, **options)[0], tensors, dy))
+
+
+@pytest.mark.parametrize("algorithm, dtype", SERVED)
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_opcheck(algorithm, dtype, channels_last):
+    x, weight, options = make((2, 4, 2, 3, 5), dtype, channels_last)
+    norm, packed = options["norm"], conv3x3_pack(weight, algorithm)
+    tests = ("test_schema", "test_autograd_registration", "test_faketensor")
+    arguments = (x, weight, options["bias"], *norm[:8], True, options["residual"], 0.7, 2, packed, algorithm)
+    torch.library.opcheck(torch.ops.fastdiff.conv3x3.default, arguments, test_utils=tests)
+    torch.library.opcheck(torch.ops.fastdiff.conv3x3_pack.default, (weight, algorithm), test_utils=tests)
+
+
+def test_compiles_as_one_graph():
+    x, weight, options = make(SHAPES[0])
+    packed = conv3x3_pack(weight, "winograd4")
+
+    def run(x):
+        y, stats = conv3x3(x, weight, **options, packed=packed, algorithm="winograd4")
+        return y * 2, stats
+
+    torch.testing.assert_close(torch.compile(run, fullgraph=True)(x), run(x))
+
+
+def test_packed_weights_are_those_multiplied():
+    x, weight, options = make(SHAPES[0])
+    packed = conv3x3_pack(weight, "winograd4")
+    stand_in = weight.new_full((1,), float("nan")).expand(weight.shape)
+    y, _ = conv3x3(x, stand_in, packed=packed, algorithm="winograd4", **options)
+    assert torch.equal(y, conv3x3(x, weight, algorithm="winograd4", **options)[0])
+
+
+def test_the_transforms_are_those_of_the_formula():
+    for algorithm in ("winograd4", "winograd2"):
+        x, weight = torch.randn(2, 3, 7, 9, dtype=torch.float64), torch.randn(4, 3, 3, 3, dtype=torch.float64)
+        torch.testing.assert_close(by_tiles(x, weight, algorithm), functional.conv2d(x, weight, padding=1))
+
+
+def test_what_is_served(isa):
+    assert conv3x3_algorithms(torch.float32) == ("direct", "winograd4", "winograd4_lean")
+    assert conv3x3_algorithms(torch.bfloat16)[3:] == (("winograd2",) if isa == "avx512_bf16" else ())
+    assert conv3x3_algorithms(torch.float64) == conv3x3_algorithms(torch.float32, "cuda") == ("direct",)
+    x, weight = torch.randn(1, 4, 4, 4), torch.randn(2, 4, 3, 3)
+    with pytest.raises(ValueError, match=r"algorithm: 'winograd4' is not served for torch.float64 on cpu"):
+        conv3x3(x.double(), weight, algorithm="winograd4")
+    with pytest.raises(ValueError, match=r"algorithm: 'winograd2' is not served for torch.float32 on cpu"):
+        conv3x3(x, weight, algorithm="winograd2")
+    if isa != "avx512_bf16":
+        args = (x.bfloat16(), weight, None, None, None, 1, 1e-5, None, None, None, None, True, None, 1.0, 0)
+        with pytest.raises(RuntimeError, match="winograd2 needs AVX512-BF16"):
+            torch.ops.fastdiff.conv3x3(*args, conv3x3_pack(weight, "winograd2"), "winograd2")
+
+
+@pytest.mark.parametrize("packed_as", ["direct", "winograd4", "winograd4_lean", "winograd2", "other shape", "strided"])
+def test_packed_must_belong(packed_as):
+    x, weight = torch.randn(1, 4, 4, 4), torch.randn(2, 4, 3, 3)
+    algorithm = "winograd4"
+    if packed_as == "other shape":
+        packed = conv3x3_pack(torch.randn(2, 5, 3, 3), algorithm)
+    elif packed_as == "strided":
+        packed = conv3x3_pack(weight, algorithm).transpose(1, 2).contiguous().transpose(1, 2)
+    else:
+        packed = conv3x3_pack(weight, packed_as)
+        algorithm = "direct" if packed_as == "winograd4" else algorithm
+    with pytest.raises(ValueError, match=f"packed: .* is not what conv3x3_pack.*{algorithm}.* pack again"):
+        conv3x3(x, weight, packed=packed, algorithm=algorithm)
+    if algorithm != "direct":
+        args = (x, weight, None, None, None, 1, 1e-5, None, None, None, None, True, None, 1.0, 0, packed, algorithm)
+        with pytest.raises(RuntimeError, match="packed: is not this weight's by winograd4"):
+            torch.ops.fastdiff.conv3x3(*args)
