@@ -88,7 +88,8 @@ def check_case(case, accurate):
     # Rounding of x and x + add, about 8, by so much; groups of one or a few elements may be nearly constant.
     eps, magnified = torch.finfo(torch.float32).eps, norm_cases.condition(case, args)
     accurate(y, plain, truth, floor=8 * eps * magnified)
-    accurate(stats, plain_stats, true_stats)
+    # A lane adds 64 squares in float32, each addition within eps / 2 of the sum so far: 16 eps of the whole at worst.
+    accurate(stats, plain_stats, true_stats, floor=16 * eps * float(true_stats[..., 1].max()) if true_stats.numel() else 0.0)
     args[8] = plain_stats
     got, theirs = (f(dy, *args) for f in (torch.ops.fastdiff.group_norm_silu_backward, module.reference_backward))
     exact = module.reference_backward(dy.double(), *double(args))
