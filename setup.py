@@ -34,6 +34,6 @@ setup(
     packages=[*find_packages(include=["fastdiff", "fastdiff.*"]), "fastdiff.kernels"],
     # kernels/ itself is no package: it would shadow other packages of that name from the repository's root.
     package_dir={"fastdiff": "fastdiff", "fastdiff.kernels": "kernels/triton"},
-    package_data={"fastdiff": ["assets/*", "py.typed"]},
+    package_data={"fastdiff": ["assets/*", "assets/classifiers/*", "py.typed"]},
     **(native_code() if COMPILES.intersection(sys.argv) else {}),
 )

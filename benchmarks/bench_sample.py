@@ -1,38 +1,10 @@
 """fastdiff.sample of the packaged model at nfe 2 against the same network and sampler in plain PyTorch."""
 
-import copy
-
 import pytest
 import torch
-from torch import nn
-from torch.nn import functional
+from engines.case import plain_network
 
 import fastdiff
-from fastdiff.nn import GroupNormSiLU
-
-
-class PlainGroupNormSiLU(nn.Module):
-    """The same arithmetic in PyTorch's own ops."""
-
-    def __init__(self, norm: GroupNormSiLU):
-        super().__init__()
-        self.norm = norm
-
-    def forward(self, x, add=None, scale=None, shift=None):
-        x = x if add is None else x + add[:, :, None, None]
-        y = functional.group_norm(x, self.norm.groups, self.norm.weight, self.norm.bias, self.norm.eps)
-        y = y if scale is None else y * (1 + scale[:, :, None, None]) + shift[:, :, None, None]
-        return functional.silu(y) if self.norm.silu else y
-
-
-def plain_network(network: nn.Module) -> nn.Module:
-    """A copy of the U-Net without a single fastdiff op."""
-    network = copy.deepcopy(network)
-    for module in list(network.modules()):
-        for name, child in list(module.named_children()):
-            if isinstance(child, GroupNormSiLU):
-                setattr(module, name, PlainGroupNormSiLU(child))
-    return network
 
 
 def plain_sample(network, model, times, noise, labels):

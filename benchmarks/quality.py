@@ -21,13 +21,13 @@ from torch import Tensor
 
 import fastdiff
 from fastdiff.images import save_grid
+from fastdiff.metrics.evaluation import natural_labels
 from fastdiff.model import Model, load
 from fastdiff.sample import run
 from fastdiff.schedules import karras
 from fastdiff.training import load_mnist
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "quality"))
-import lenet
 import measures
 
 FIGURES = 1_000  # the packaged models' promises are about seeds 0 ... 999
@@ -41,12 +41,13 @@ class Judge:
     """The classifier and the reference numbers, loaded once."""
 
     def __init__(self):
-        self.net, self.about = lenet.load()
+        self.net = measures.judging_classifier()
+        self.about = self.net.info
         self.reference, _ = measures.load_reference()
 
     def samples(self, model: Model, nfe: int, n: int, first: int = 0, **options):
         """n samples with real class frequencies, seeds first ... first + n - 1, and their labels."""
-        labels = measures.natural_labels(n, self.reference["label_counts"])
+        labels = natural_labels(n, self.reference["label_counts"])
         return run(model, nfe, seeds=range(first, first + n), labels=labels, **options), labels
 
     def row(self, name: str, model: Model, nfe: int, n: int) -> tuple[dict, Tensor]:
@@ -144,7 +145,7 @@ def report(args: argparse.Namespace, judge: Judge) -> None:
             print(table(rows).splitlines()[-1], file=sys.stderr, flush=True)
             if consistency and (near is None or nfe == 2):
                 shown = images[:SHOWN]
-                labels = measures.natural_labels(len(shown), judge.reference["label_counts"])
+                labels = natural_labels(len(shown), judge.reference["label_counts"])
                 about = {"model": model.hash(), "nfe": nfe, "seeds": [0, len(shown) - 1], "labels": labels}
                 near = neighbours(shown, labels, train.images, judge.reference, args.out / "neighbours.png", about)
                 near["nfe"] = nfe

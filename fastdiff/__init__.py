@@ -5,6 +5,8 @@ images = fastdiff.sample(nfe=2, seeds=range(64))    # float32 [64, 1, 28, 28] in
 """
 
 from fastdiff import ops, samplers, schedules
+from fastdiff.accelerate import accelerate, restore
+from fastdiff.compile import Compiled, compile, store  # noqa: F401  (store reads compiled files)
 from fastdiff.denoiser import Denoiser, Prediction
 from fastdiff.info import info
 from fastdiff.model import CheckpointError, Model, from_state_dict, load, to_diffusers, wrap
@@ -16,6 +18,7 @@ from fastdiff.version import __version__
 
 __all__ = [
     "CheckpointError",
+    "Compiled",
     "Denoiser",
     "Guide",
     "Model",
@@ -25,11 +28,14 @@ __all__ = [
     "UNet",
     "UNetConfig",
     "__version__",
+    "accelerate",
+    "compile",
     "from_state_dict",
     "info",
     "load",
     "make_plan",
     "ops",
+    "restore",
     "run",
     "sample",
     "samplers",

@@ -6,6 +6,8 @@ from typing import Annotated
 
 import typer
 
+from fastdiff import training_cli
+
 app = typer.Typer(
     name="fastdiff",
     no_args_is_help=True,
@@ -63,38 +65,6 @@ def samplers() -> None:
 
 
 @app.command()
-def train(
-    preset: Annotated[str, typer.Option(help="mnist-ddpm, mnist-edm or mnist-ect.")],
-    data: Annotated[Path, typer.Option(help="Folder with the data set: MNIST's four files, or MNIST/raw/ in it.")],
-    out: Annotated[Path, typer.Option(help="Folder of the run. The same command again continues a run that was stopped.")],
-    init: Annotated[str | None, typer.Option(help="Checkpoint to start from; mnist-ect needs one of mnist-edm.")] = None,
-    images: Annotated[int | None, typer.Option(help="Training images to see, in place of the preset's number.")] = None,
-    batch: Annotated[int | None, typer.Option(help="Images per step.")] = None,
-    lr: Annotated[float | None, typer.Option(help="Largest learning rate.")] = None,
-    seed: Annotated[int | None, typer.Option(help="Everything random follows from it.")] = None,
-    p_mean: Annotated[float | None, typer.Option(help="EDM: mean of ln sigma in training. [default: -1.2]")] = None,
-    p_std: Annotated[float | None, typer.Option(help="EDM: its standard deviation. [default: 1.2]")] = None,
-    device: Annotated[str | None, typer.Option(help="cpu or cuda. [default: a GPU where there is one]")] = None,
-    bf16: Annotated[bool | None, typer.Option(help="bfloat16 autocast. [default: where the machine has it]")] = None,
-    checkpoint_every: Annotated[int, typer.Option(help="Images between checkpoints.")] = 25_600,
-    report_every: Annotated[int, typer.Option(help="Images between sample grids and loss curves; 0: none.")] = 51_200,
-    download: Annotated[bool, typer.Option("--download", help="Fetch the data set if it is missing.")] = False,
-) -> None:
-    """Train a model: a DDPM, an EDM, or by easy consistency tuning (ECT) a few-step model from an EDM.
-
-    \b
-    fastdiff train --preset mnist-edm --data mnist --out runs/edm
-    fastdiff train --preset mnist-ect --init runs/edm/model.safetensors --data mnist --out runs/ect
-
-    The folder of the run holds model.safetensors (for fastdiff sample), loss.csv, loss.png, sample grids and state.pt.
-    """
-    from fastdiff.commands import train_command
-
-    changes = {"images": images, "batch": batch, "lr": lr, "seed": seed, "bf16": bf16, "p_mean": p_mean, "p_std": p_std}
-    train_command.run(preset, data, out, init, changes, device, checkpoint_every, report_every, download)
-
-
-@app.command()
 def average(
     models: Annotated[list[str], typer.Argument(help="Checkpoints of runs that went on from the same weights.")],
     out: Annotated[Path, typer.Option(help="Checkpoint to write.")],
@@ -137,6 +107,9 @@ def info(model: Annotated[str | None, typer.Argument(help="Also describe this ch
     from fastdiff.info import report
 
     typer.echo(report(model))
+
+
+training_cli.add(app)
 
 
 def main() -> None:

@@ -16,7 +16,7 @@ from fastdiff import ops
 from fastdiff.ops.schedule_coefficients import Column, Law, Target
 from fastdiff.schedules import DDPM, EDM, VE, VP, Flow, Schedule, SubVP, TrigFlow, from_dict, to_dict
 
-KINDS = ("eps", "x0", "v", "score", "flow", "ve", "edm", "consistency")
+KINDS = ("eps", "x0", "v", "score", "flow", "ve", "edm", "consistency", "trigflow")
 
 # Schedule -> its law in ops.schedule_coefficients and the fields that are the law's p0 and p1.
 LAWS: dict[type[Schedule], tuple[Law, tuple[str, ...]]] = {
@@ -54,6 +54,8 @@ class Prediction:
     | ve          | sigma grad log p_t = -n                  | (x + sigma F) / alpha                        |
     | edm         | EDM's F, unit variance in and out        | c_skip x + c_out F, Karras 2022 table 1      |
     | consistency | the same with c_skip(t_min) = 1          | c_skip x + c_out F, Song 2023 appendix C     |
+    | trigflow    | cos(t) n - sin(t) x0 / sigma_data        | cos(t) x - sin(t) sigma_data F, sCM; on      |
+    |             |                                          | other paths tan(t) = r / sigma_data          |
 
     c_noise is time_scale t; time_scale ln(sigma / alpha) / 4 for edm and consistency; ln(time_scale sigma) for ve. A raw
     network takes x and t themselves: c_in = 1, c_noise = t.
@@ -109,7 +111,7 @@ class Prediction:
                 f"schedule: alpha is 0 at t = {t[a <= 0].flat[0] if t.ndim else t} (zero terminal SNR), where prediction "
                 f"{self.kind!r} does not determine the image; start at a smaller t or use a model of x0, v or flow"
             )
-        if self.kind in ("edm", "consistency"):
+        if self.kind in ("edm", "consistency", "trigflow"):
             return self._edm(schedule, t)
         if self.trained is not None:
             return self._on_trained_path(schedule, t)
@@ -155,6 +157,8 @@ class Prediction:
         shift = schedule.ratio(schedule.t_min) if self.kind == "consistency" else 0.0
         c_skip = sd**2 / ((r - shift) ** 2 + sd**2)
         c_out = (r - shift) * sd / np.sqrt(r**2 + sd**2)
+        if self.kind == "trigflow":  # EDM's with F of the other sign and the angle for a time
+            return Coefficients(c_skip / a, -c_out, 1 / (a * np.sqrt(r**2 + sd**2)), self.time_scale * np.arctan(r / sd))
         return Coefficients(c_skip / a, c_out, 1 / (a * np.sqrt(r**2 + sd**2)), self.time_scale * np.log(r) / 4)
 
     def target(self, schedule: Schedule, t: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
@@ -186,9 +190,11 @@ class DeviceCoefficients:
             )
         law, fields = LAWS[type(schedule)]
         consistency = prediction.kind == "consistency"
+        self.trig = prediction.kind == "trigflow"
+        self.scale = 0.0 if prediction.raw else prediction.time_scale
         self.arguments: dict[str, Any] = {
             "law": law,
-            "target": Target.EDM if consistency else Target[prediction.kind.upper()],
+            "target": Target.EDM if consistency or self.trig else Target[prediction.kind.upper()],
             "sigma_data": prediction.sigma_data,
             "shift": float(schedule.ratio(schedule.t_min)) if consistency else 0.0,
             "time_scale": prediction.time_scale,
@@ -204,7 +210,19 @@ class DeviceCoefficients:
         if self.table is not None and self.table.device != t.device:
             with torch.inference_mode(False):
                 self.table = self.table.to(t.device)
+        if self.trig:
+            exact = ops.schedule_coefficients(t, table=self.table, dtype=torch.float64, **self.arguments)
+            return self._angles(exact).to(dtype or (torch.float64 if t.dtype == torch.float64 else torch.float32))
         return ops.schedule_coefficients(t, table=self.table, dtype=dtype, **self.arguments)
+
+    def _angles(self, columns: Tensor) -> Tensor:
+        """TrigFlow's coefficients from EDM's, differentiable in the same way."""
+        each = list(columns.unbind(-1))
+        each[Column.OUT] = -each[Column.OUT]
+        if self.scale:
+            tangent = torch.exp(-each[Column.LOG_SNR] / 2) / self.arguments["sigma_data"]
+            each[Column.NOISE] = self.scale * torch.atan(tangent)
+        return torch.stack(each, -1)
 
 
 class Denoiser:

@@ -4,7 +4,6 @@ import dataclasses
 import hashlib
 import json
 import os
-import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from fastdiff import checkpoints, schedules
+from fastdiff.atomic import atomically
 from fastdiff.checkpoints import CheckpointError, Convention, files
 from fastdiff.checkpoints import to_diffusers as back
 from fastdiff.denoiser import Denoiser, Prediction
@@ -23,6 +23,8 @@ from fastdiff.unet import UNet, UNetConfig
 ASSETS = Path(__file__).parent / "assets"
 FORMAT = 1
 FAMILIES = ("diffusion", "consistency")
+# Readers of files that hold more than a model, by the entry of their description: read(path, description, fields, device).
+READERS: dict[str, Callable[..., "Model"]] = {}
 # What building a network from values of a file may stumble over.
 INCONSISTENT = (ArithmeticError, AttributeError, LookupError, RecursionError, RuntimeError, TypeError, ValueError)
 
@@ -126,7 +128,7 @@ class Model:
             "times": {str(k): v for k, v in self.times.items()},
         }
         if self.convention != Convention():
-            description["convention"] = dataclasses.asdict(self.convention)
+            description["convention"] = self.convention.describe()
         return description
 
     def save(self, path: str | os.PathLike, dtype: torch.dtype | None = None) -> None:
@@ -145,33 +147,6 @@ def _extra(labels: Tensor | None, augment_labels: Tensor | None) -> dict[str, Te
     """What a network is called with beside x and c_noise."""
     given = {"labels": labels, "augment_labels": augment_labels}
     return {name: value for name, value in given.items() if value is not None}
-
-
-def atomically(path: str | os.PathLike, write: Callable[[str], None]) -> None:
-    """Call write(temporary name in the same folder), then move it to `path`: a reader never sees half a file."""
-    path = Path(path)
-    if not path.parent.is_dir():
-        raise FileNotFoundError(f"{path}: the folder {path.parent} does not exist; create it first")
-    try:
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
-    except OSError as error:
-        raise PermissionError(f"{path}: cannot write in {path.parent} ({error.strerror}); choose another place") from error
-    os.close(handle)
-    try:
-        write(temporary)
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o666 & ~_umask())
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def wrap(
@@ -237,20 +212,7 @@ def to_diffusers(model: Model, folder: str | os.PathLike) -> None:
     """
     if not isinstance(model.network, UNet):
         raise TypeError(f"model: only a fastdiff.UNet becomes a UNet2DModel, this is a {type(model.network).__name__}")
-    config = back.config_of(model.network.config)
-    scheduler = back.scheduler_of(model.schedule, model.prediction)
-    state = back.state_of(model.network, config)
-    folder = Path(folder)
-    for part in ("unet", "scheduler"):
-        (folder / part).mkdir(parents=True)
-    save_file(state, folder / "unet" / "diffusion_pytorch_model.safetensors", metadata={"format": "pt"})
-    index = {
-        "_class_name": "DDPMPipeline",
-        "unet": ["diffusers", "UNet2DModel"],
-        "scheduler": ["diffusers", "DDPMScheduler"],
-    }
-    for name, value in (("unet/config", config), ("scheduler/scheduler_config", scheduler), ("model_index", index)):
-        (folder / f"{name}.json").write_text(json.dumps(value, indent=2))
+    back.write(model.network, model.schedule, model.prediction, Path(folder))
 
 
 def imported(network: UNet, about: checkpoints.About) -> Model:
@@ -288,9 +250,11 @@ def load(source: Any, device: str | torch.device = "cpu", **config: Any) -> Mode
     Raises: FileNotFoundError; CheckpointError for a truncated, foreign or inconsistent file, or weights that are not
     finite; TypeError for anything else, a network without its schedule in particular.
     """
+    foreign = None if isinstance(source, Model) else files.of_object(source)
+    if config and (isinstance(source, Model) or foreign is not None):
+        raise CheckpointError(f"model: a {type(source).__name__} says itself what it is; leave {', '.join(config)} out")
     if isinstance(source, Model):
         return source
-    foreign = files.of_object(source)
     if foreign is None:
         path = _path(source)
         found = files.read(path, config)
@@ -340,7 +304,6 @@ def _build(path: Path, found: files.Native, device: str | torch.device) -> Model
     if version != FORMAT:
         raise CheckpointError(f"model: {path} has format {version}, this fastdiff reads {FORMAT}; update fastdiff")
     try:
-        network = checkpoints.build(UNetConfig(**description["network"]["config"]))
         about = {
             "schedule": schedules.from_dict(description["schedule"]),
             "prediction": Prediction.from_dict(description["prediction"]),
@@ -349,8 +312,12 @@ def _build(path: Path, found: files.Native, device: str | torch.device) -> Model
             "labels": description["labels"],
             "times": {int(k): v for k, v in description["times"].items()},
             "convention": Convention(**description.get("convention", {})),
+            "info": description.get("info", {}),
         }
+        for entry in READERS.keys() & description.keys():
+            return READERS[entry](path, description, about, device)
+        network = checkpoints.build(UNetConfig(**description["network"]["config"]))
     except INCONSISTENT as error:
         raise CheckpointError(f"model: the description in {path} is incomplete or inconsistent: {error!r}") from error
     checkpoints.fill(network, checkpoints.Layout(), found.state, f"model: the weights in {path}")
-    return Model(network.to(device), **about, info=description.get("info", {}))
+    return Model(network.to(device), **about)

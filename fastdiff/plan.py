@@ -11,8 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastdiff import ops, stepwise
+from fastdiff import evaluation, ops, stepwise
 from fastdiff.denoiser import Prediction
+from fastdiff.evaluation import Buffers, Tables
 from fastdiff.ops.denoise_step import HISTORY, C, K
 from fastdiff.ops.langevin_step import L, Norms, langevin_row
 from fastdiff.schedules import Schedule
@@ -55,7 +56,8 @@ class Row:
 class Plan:
     """A sampler's rows for one schedule and prediction.
 
-    x starts as prior_std times unit noise at rows[0].t. `nfe` is the number of network evaluations.
+    x starts as prior_std times unit noise at rows[0].t. `nfe` is the number of network evaluations. revise(i, x), called
+    before row i, returns rows for each sample in place of these (as many, of the same kind), or None to go on as before.
     """
 
     name: str
@@ -64,6 +66,7 @@ class Plan:
     prediction: Prediction
     prior_std: float
     norms: Norms = Norms.SAMPLE  # whose norms set the steps of Langevin rows
+    revise: Callable[[int, Tensor], Sequence[tuple[Row, ...]] | None] | None = None
 
     @property
     def nfe(self) -> int:
@@ -96,17 +99,10 @@ class Plan:
     def tables(self, interval: tuple[float, float] | None = None) -> tuple[np.ndarray, np.ndarray]:
         """Coefficients float64 [rows, len(C)], codes int32 [rows, len(K)]; guidance where interval holds sigma / alpha."""
         table, codes = np.zeros((len(self.rows), len(C))), np.zeros((len(self.rows), len(K)), np.int32)
+        looks = [i for i, row in enumerate(self.rows) if row.evaluate]
+        if looks:
+            self._evaluations(table, looks, interval)
         for i, row in enumerate(self.rows):
-            if row.evaluate:
-                c = self.prediction.coefficients(self.schedule, row.t)
-                skip, out = float(c.c_skip), float(c.c_out)
-                if row.estimate == "eps":
-                    alpha, sigma = float(self.schedule.alpha(row.t)), float(self.schedule.sigma(row.t))
-                    skip, out = (1 - alpha * skip) / sigma, -alpha * out / sigma
-                table[i, [C.SKIP, C.OUT, C.NOISE]] = skip, out, c.c_noise
-                table[i, C.GUIDE] = interval is None or interval[0] <= float(self.schedule.ratio(row.t)) <= interval[1]
-                if i:
-                    table[i - 1, C.NEXT_IN] = c.c_in
             table[i, [C.X, C.SAVED, C.D, C.D_CLIP]] = row.x, row.saved, row.d, row.d_clip
             for j, h in row.history.items():
                 table[i, C.H0 + j] = h
@@ -118,6 +114,20 @@ class Plan:
             codes[i, K.SAVE_D] = -1 if row.save_d is None else row.save_d
             codes[i, K.SAVE_CLIPPED] = row.save_clipped
         return table, codes
+
+    def _evaluations(self, table: np.ndarray, looks: list[int], interval: tuple[float, float] | None) -> None:
+        """What the network's coefficients put into the rows that evaluate."""
+        t = np.array([self.rows[i].t for i in looks])
+        c = self.prediction.coefficients(self.schedule, t)
+        alpha, sigma = self.schedule.alpha(t), self.schedule.sigma(t)
+        eps = np.array([self.rows[i].estimate == "eps" for i in looks])
+        table[looks, C.SKIP] = np.where(eps, (1 - alpha * c.c_skip) / sigma, c.c_skip)
+        table[looks, C.OUT] = np.where(eps, -alpha * c.c_out / sigma, c.c_out)
+        table[looks, C.NOISE] = c.c_noise
+        level = self.schedule.ratio(t) if interval else t
+        table[looks, C.GUIDE] = 1.0 if interval is None else (interval[0] <= level) & (level <= interval[1])
+        before = [i - 1 for i in looks if i]
+        table[before, C.NEXT_IN] = c.c_in[len(looks) - len(before) :]
 
     def langevin_tables(self) -> tuple[np.ndarray, np.ndarray]:
         """Coefficients float64 [rows, len(L)] and draws int32 [rows] of the rows that are Langevin steps, 0 elsewhere."""
@@ -143,17 +153,6 @@ class Plan:
         """One line for reports: name, evaluations, times."""
         times = ", ".join(f"{t:.4g}" for t in self.times[:8]) + (", ..." if self.nfe > 8 else "")
         return f"{self.name}, {self.nfe} evaluation{'s' if self.nfe != 1 else ''} at t = {times}"
-
-
-@dataclasses.dataclass
-class Buffers:
-    """Everything the loop writes: made once, then only updated in place."""
-
-    x: Tensor  # float32 (or float64) [B, C, H, W]
-    net_in: Tensor  # [copies B, C, H, W], the network's dtype and layout
-    saved: Tensor  # like x, or empty
-    history: Tensor  # [slots, B, C, H, W]
-    row: Tensor  # int64 [1]
 
 
 def prepare(
@@ -199,12 +198,15 @@ def execute(
 ) -> Tensor:
     """Run every row of the plan: x0 float32 [B, C, H, W], or float64 where dtype is float64.
 
-    Nothing here reads the device from the host. noise: given draws [B, C, H, W] in place of the seeds'. start: see
-    `prepare`. adjust(D, unguided D, i) -> D changes the estimate of x0 in row i in ways that no row can. on_row(i, x) is
-    called after each row.
+    Nothing here reads the device from the host, except a plan that revises its rows. noise: given draws [B, C, H, W] in
+    place of the seeds'. start: see `prepare`. adjust(D, unguided D, i) -> D changes the estimate of x0 in row i in ways that
+    no row can. on_row(i, x) is called after each row.
     """
+    own = getattr(plan, "execute", None)  # of `samplers.Adaptive`, which has no rows
+    if own is not None:
+        return own(network, seeds, shape, labels, dtype=dtype, x_T=x_T, start=start, guidance=guidance, adjust=adjust)
     b = prepare(plan, seeds, shape, dtype, x_T, start=start, copies=guidance.copies if guidance else 1)
-    loop = _Loop(plan, network, seeds, labels, b, guidance, adjust, stepwise.given(noise, plan.draws, plan.name, b.x))
+    loop = Loop(plan, network, seeds, labels, b, guidance, adjust, stepwise.given(noise, plan.draws, plan.name, b.x))
     for i in range(len(plan.rows)):
         loop.step(i)
         if on_row is not None:
@@ -212,65 +214,83 @@ def execute(
     return b.x
 
 
-class _Loop:
+class Loop:
     """One run of a plan: its tables on the host and on the device, and what each row does with the buffers."""
 
     def __init__(self, plan: Plan, network, seeds: Tensor, labels, b: Buffers, guidance, adjust, given):
         self.plan, self.network, self.seeds, self.labels, self.b = plan, network, seeds, labels, b
-        self.guidance, self.adjust, self.given = guidance, adjust, given
-        self.table, codes = plan.tables(guidance.interval if guidance else None)
-        if given is not None:
-            self.table[:, [C.N1, C.N2, C.N_V]] = 0.0
+        self.guidance = guidance and dataclasses.replace(guidance, weight=guidance.weight.to(b.x))
+        self.adjust, self.given, self.learned = adjust, given, plan.learns
+        self.interval = guidance.interval if guidance else None
+        # one plan for all samples, or one for each
+        self.rows: Sequence[tuple[Row, ...]] = [plan.rows] * (1 if plan.revise is None else len(b.x))
         self.corrector, draws = plan.langevin_tables()
-        self.rows, self.corrections = (torch.from_numpy(v).to(b.x) for v in (self.table, self.corrector))
-        self.codes, self.draws = (torch.from_numpy(v).to(b.x.device) for v in (codes, draws))
-        self.weight = guidance.weight.to(b.x) if guidance else None
+        self.corrections, self.draws = torch.from_numpy(self.corrector).to(b.x), torch.from_numpy(draws).to(b.x.device)
+        self._load()
+        if plan.revise is not None:
+            b.row = torch.arange(len(b.x), device=b.row.device) * len(plan.rows)
+
+    def _load(self) -> None:
+        """The tables of self.rows, one after another."""
+        each = [dataclasses.replace(self.plan, rows=rows).tables(self.interval) for rows in self.rows]
+        self.host = np.stack([table for table, _ in each])  # [1 or B, rows, len(C)]
+        table, codes = self.host.reshape(-1, len(C)).copy(), np.concatenate([codes for _, codes in each])
+        if self.given is not None:
+            table[:, [C.N1, C.N2, C.N_V]] = 0.0
+        rows, kinds = torch.from_numpy(table).to(self.b.x), torch.from_numpy(codes).to(self.b.x.device)
+        self.tables = Tables(rows, kinds, rows[:, C.NOISE].contiguous(), self.corrections, self.draws)
+
+    def _revise(self, i: int) -> None:
+        """Other rows from row i on, a sample's own, where the plan says so."""
+        each = self.plan.revise(i, self.b.x) if self.plan.revise is not None else None
+        if not each:
+            return
+        self.rows, b = each, self.b
+        self._load()
+        c = self.plan.prediction.coefficients(self.plan.schedule, np.array([rows[i].t for rows in each]))
+        stepwise.refill(b.net_in, c.c_in, b.x)
 
     def step(self, i: int) -> None:
         """Carry out row i."""
-        row, b = self.plan.rows[i], self.b
-        F, F_u, V = self.evaluate(i, row) if row.evaluate else (None, None, None)
-        if row.langevin is not None and F is not None:
-            self.correct(i, row, F)
-        else:
-            _check_variance(row, V, b.x.shape[1])
-            V = V if self.plan.learns else None
-            weight = None if F_u is None else self.weight
-            state = (b.x, F, b.saved, b.history, b.net_in)
-            ops.denoise_step(*state, self.seeds, self.rows, self.codes, b.row, F_u, weight, V)
+        self._revise(i)
+        row, b, seeds, tables = self.plan.rows[i], self.b, self.seeds, self.tables
+        langevin = row.langevin is not None
+        if not row.evaluate:
+            evaluation.update(b, tables, seeds)
             if self.given is not None:
-                stepwise.add(self.given, row.noise, row.learned, V, b.x, b.net_in, float(self.table[i, C.NEXT_IN]))
-        b.row += 1
+                stepwise.add(self.given, list(row.noise), self.host[:, i], None, b.x, b.net_in)
+        elif self.adjust is not None or self.given is not None or (langevin and self.guidance is not None):
+            self._stepwise(i, row)
+        elif langevin:
+            evaluation.correction(self.network, b, tables, seeds, self.labels, self.plan.norms)
+        else:
+            evaluation.evaluation(self.network, b, tables, seeds, self.labels, self.guidance, self.learned)
 
-    def evaluate(self, i: int, row: Row) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """The outputs of row i: F, F_u and V, the last two None where there are none."""
-        b = self.b
-        c_noise = self.rows[b.row, C.NOISE].expand(len(b.net_in))
-        F, F_u, V = stepwise.outputs(self.network, b.net_in, c_noise, self.labels, self.guidance, b.x.shape[1])
-        # langevin_step knows no guidance
-        if self.adjust is not None or (row.langevin is not None and F_u is not None):
-            c = self.plan.prediction.coefficients(self.plan.schedule, row.t)
-            adjust = self.adjust or (lambda d, unguided, i: d)
-            guide = float(self.table[i, C.GUIDE])
-            change = lambda d, unguided: adjust(d, unguided, i)  # noqa: E731
-            F = stepwise.adjusted(b.x, F, F_u, self.weight, guide, float(c.c_skip), float(c.c_out), change)
-            F_u = None
-        return F, F_u, V
+    def _stepwise(self, i: int, row: Row) -> None:
+        """An evaluation with something in it that no row can say."""
+        b, seeds = self.b, self.seeds
+        F, F_u, V = evaluation.outputs(self.network, b, self.tables, self.labels, self.guidance)
+        weight = self.guidance.weight if self.guidance and F_u is not None else None
+        if self.adjust is not None or row.langevin is not None:  # langevin_step knows no guidance
+            F, F_u, weight = self._adjusted(i, F, F_u, weight), None, None
+        if row.langevin is None:
+            V = evaluation.variance(V, b.x.shape[1]) if self.learned else None
+            evaluation.update(b, self.tables, seeds, F, F_u, weight, V)
+            if self.given is not None:
+                stepwise.add(self.given, list(row.noise), self.host[:, i], V, b.x, b.net_in)
+        elif self.given is None:
+            evaluation.langevin(b, self.tables, seeds, F, self.plan.norms)
+        else:
+            z = self.given[next(iter(row.noise))]
+            stepwise.langevin(b.x, F, z, b.net_in, self.corrector[i], self.plan.norms)
+            b.row.add_(1)
 
-    def correct(self, i: int, row: Row, F: Tensor) -> None:
-        """One Langevin step."""
-        b, norms = self.b, self.plan.norms
-        if self.given is not None:
-            stepwise.langevin(b.x, F, self.given[next(iter(row.noise))], b.net_in, self.corrector[i], norms)
-            return
-        first, *others = b.net_in.split(max(len(b.x), 1))
-        ops.langevin_step(b.x, F, first, self.seeds, self.corrections, self.draws, b.row, norms)
-        for other in others:
-            other.copy_(first)
-
-
-def _check_variance(row: Row, V: Tensor | None, channels: int) -> None:
-    if row.learned is not None and V is None:
-        raise ValueError(
-            f"variance: the network returns {channels} channels and no variance, which takes {2 * channels}; use 'large'"
-        )
+    def _adjusted(self, i: int, F: Tensor, F_u: Tensor | None, weight: Tensor | None) -> Tensor:
+        """The output that makes D the adjusted, guided one."""
+        t = np.array([rows[i].t for rows in self.rows])
+        c = self.plan.prediction.coefficients(self.plan.schedule, t)
+        adjust = self.adjust or (lambda d, unguided, i: d)
+        change = lambda d, unguided: adjust(d, unguided, i)  # noqa: E731
+        x = self.b.x
+        d = stepwise.denoised(x, F, F_u, weight, self.host[:, i, C.GUIDE], c.c_skip, c.c_out, change)
+        return (d - stepwise.column(c.c_skip, x) * x) / stepwise.column(c.c_out, x)

@@ -1,8 +1,9 @@
 """What a request for images means: its plan, seeds, labels, guidance and start, each checked once."""
 
 import dataclasses
+import inspect
 import secrets
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,10 +11,13 @@ from torch import Tensor
 
 from fastdiff.model import Model
 from fastdiff.plan import Plan
-from fastdiff.samplers import SAMPLERS
+from fastdiff.samplers import SAMPLERS, adaptive, of_scheduler
 from fastdiff.stepwise import Guidance
 
 FRESH_SEEDS = 2**48  # a fresh run starts at a random seed below this, short enough to copy by hand
+QUALITIES = {"lossless": torch.float32, "high": torch.bfloat16, "fast": torch.bfloat16}  # the network's type
+COMPILE = ("auto", "off", "fast", "inductor")
+NFE = 2  # where nothing is said
 FEW, MANY = 4, 250  # below the one Euler or DDIM, from the other on a DDPM chain ancestral sampling
 
 
@@ -35,15 +39,23 @@ class Guide:
     null_label: int | None = None
 
 
-def make_plan(model: Model, nfe: int, sampler: str = "auto", **options: Any) -> Plan:
-    """The plan that `sample` executes: a sampler's, with what the model records for it: times for this nfe, statistics."""
+def make_plan(model: Model, nfe: int | None = None, sampler: str = "auto", **options: Any) -> Plan:
+    """The plan that `sample` executes: a sampler's, with what the model records for it: times for this nfe, statistics.
+
+    "auto" is the scheduler of the diffusers pipeline that the model was read from, or else the choice of `automatic`. nfe is
+    2 by default. The evaluations of "rk45" are counted, not planned: its plan has no rows, and nfe bounds them.
+    """
+    if sampler == "rk45":
+        _known(options, sampler, list(inspect.signature(adaptive).parameters)[3:])
+        return adaptive(model.schedule, model.prediction, nfe, **options)
+    nfe = NFE if nfe is None else nfe
+    if sampler == "auto" and isinstance(model.info.get("scheduler"), Mapping):
+        return of_scheduler(model.schedule, model.prediction, nfe, model.info["scheduler"], **options)
     name = automatic(model, nfe) if sampler == "auto" else sampler
     if name not in SAMPLERS:
-        raise ValueError(f"sampler: {sampler!r} is not known; use auto or one of {', '.join(SAMPLERS)}")
+        raise ValueError(f"sampler: {sampler!r} is not known; use auto, rk45 or one of {', '.join(SAMPLERS)}")
     allowed = SAMPLERS[name].options
-    for option in options:
-        if option not in allowed:
-            raise TypeError(f"{option}: sampler {name!r} has no such option; it has {', '.join(allowed)}")
+    _known(options, name, allowed)
     if name == "consistency" and "times" not in options and nfe in model.times:
         options["times"] = model.times[nfe]
     for statistic in ("gamma", "mse"):
@@ -52,6 +64,12 @@ def make_plan(model: Model, nfe: int, sampler: str = "auto", **options: Any) -> 
     if name == "ddpm" and model.prediction.learned_variance:
         options.setdefault("variance", "learned")
     return SAMPLERS[name](model.schedule, model.prediction, nfe, **options)
+
+
+def _known(options: dict[str, Any], name: str, allowed: list[str]) -> None:
+    for option in options:
+        if option not in allowed:
+            raise TypeError(f"{option}: sampler {name!r} has no such option; it has {', '.join(allowed)}")
 
 
 def automatic(model: Model, nfe: int) -> str:
@@ -110,6 +128,16 @@ def check_labels(labels, seeds: list[int], model: Model) -> list[int] | None:
         if isinstance(label, bool) or not hasattr(label, "__index__") or not 0 <= int(label) < model.labels:
             raise ValueError(f"labels: {label!r} is out of range; this model has classes 0 ... {model.labels - 1}")
     return [int(label) for label in listed]
+
+
+def check_quality(quality: str) -> None:
+    if quality not in QUALITIES:
+        raise ValueError(f"quality: {quality!r} is not known; use one of {', '.join(QUALITIES)}")
+
+
+def check_compile(compile: str) -> None:
+    if compile not in COMPILE:
+        raise ValueError(f"compile: {compile!r} is not known; use one of {', '.join(COMPILE)}")
 
 
 def check_batch_size(batch_size: int | None, device: torch.device) -> int:

@@ -13,20 +13,27 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from fastdiff import ops
+from fastdiff import invariant, ops
+from fastdiff.compile import Compiled
+from fastdiff.compile.automatic import Engine, engine
 from fastdiff.model import Model, load, packaged
-from fastdiff.plan import Plan, execute
+from fastdiff.plan import Plan
 from fastdiff.request import (
+    MANY,
+    QUALITIES,
     Guide,
     check_batch_size,
+    check_compile,
     check_guidance,
     check_images,
     check_labels,
     check_noise,
+    check_quality,
     check_seeds,
     guidance_of,
     make_plan,
 )
+from fastdiff.samplers import Adaptive
 from fastdiff.samplers.adjust import dynamic_threshold, rescale
 
 DTYPES = {torch.float32, torch.bfloat16, torch.float16, torch.float64}
@@ -41,16 +48,17 @@ class Samples:
     labels: list[int] | None
     plan: Plan
     model: Model
-    evaluations: int  # network calls counted in each batch
+    evaluations: int  # network calls counted in each batch; for rk45 the most of an image
     seconds: float  # wall time, model loading left out
     device: torch.device
     dtype: torch.dtype
+    engine: str  # what computed the network: "fast", "inductor" or "network", and why
     trajectory: Tensor | None = None  # [rows, n, C, H, W], the state after each row, where it was asked for
 
 
 def sample(
     model: Model | str | os.PathLike | None = None,
-    nfe: int = 2,
+    nfe: int | None = None,
     *,
     n: int | None = None,
     seeds: Iterable[int] | None = None,
@@ -63,20 +71,25 @@ def sample(
     batch_size: int | None = None,
     device: str | torch.device | None = None,
     dtype: torch.dtype = torch.float32,
+    quality: str = "lossless",
+    compile: str = "auto",
     progress: bool | None = None,
     clip_output: bool = True,
     callback: Callable[[int, Tensor], None] | None = None,
+    deterministic: bool = False,
     **options: Any,
 ) -> Tensor:
     """Images from a diffusion or consistency model in `nfe` network evaluations.
 
     Args:
-        model: None for the packaged MNIST digits; a packaged name, a path, a `Model`, or what `fastdiff.wrap` returns.
-        nfe: number of network evaluations, >= 1.
+        model: None for the packaged MNIST digits; a packaged name, a path, a `Model`, what `fastdiff.wrap` returns, or a
+            diffusers pipeline.
+        nfe: number of network evaluations, >= 1; 2 by default. "rk45" counts them: the most an image may take.
         n: how many images, from fresh seeds (printed to stderr); 1 where seeds are not given either.
         seeds: one integer in 0 ... 2^64 - 1 per image. An image depends on its own seed alone, not on the batch.
         labels: class of each image or one for all; by default seed modulo the number of classes.
-        sampler: "auto" or one of `fastdiff.samplers.SAMPLERS`; options are passed to it (times=, eta=, S_churn=, ...).
+        sampler: "auto", "rk45" or one of `fastdiff.samplers.SAMPLERS`; options are passed to it (times=, eta=, rtol=, ...).
+            "auto" is a diffusers pipeline's own scheduler, see `fastdiff.samplers.of_scheduler`.
         guidance: weight of classifier-free guidance, 1 for none; or a `Guide`: interval, rescale, a weaker model.
         threshold: dynamic thresholding's quantile, such as 0.995, applied to each estimate of the image.
         start: images [n, C, H, W] or [C, H, W] in [-1, 1] to noise and start from; the level is the sampler's t_start=.
@@ -85,9 +98,15 @@ def sample(
         device: where to compute; by default where the model is, and the GPU, where there is one, for a path.
         dtype: what the network computes in: float32 (default), bfloat16, float16 with a float32 state of the sampler;
             float64 for both.
+        quality: "lossless": as dtype says, float32 without TF32. "high": bfloat16 with float32 sums, error at most twice
+            that of a plain bfloat16 network. "fast": what is opted into beyond; nothing today, so it is "high".
+        compile: how a `fastdiff.UNet` is computed. "auto": by a program of `fastdiff.compile` where this call's images pay
+            for making it or it is there already, kept with the model; "fast": by such a program in any case; "off": the
+            network as it is, which starts at once; "inductor": by torch.compile(fullgraph=True). They agree to rounding.
         progress: show a bar; by default on a terminal when it takes more than a moment.
         clip_output: clamp the result to [-1, 1].
         callback: callback(row, x) after each row of the plan; x is the sampler's own state, not a copy.
+        deterministic: the same bits for an image in every batch, on CPUs; one image at a time where the network needs it.
 
     Returns: float32 (float64 with dtype=torch.float64) [n, C, H, W] in [-1, 1], on the CPU.
 
@@ -102,7 +121,7 @@ def sample(
 
 def run(
     model: Model | str | os.PathLike | None = None,
-    nfe: int = 2,
+    nfe: int | None = None,
     *,
     n: int | None = None,
     seeds: Iterable[int] | None = None,
@@ -115,16 +134,19 @@ def run(
     batch_size: int | None = None,
     device: str | torch.device | None = None,
     dtype: torch.dtype = torch.float32,
+    quality: str = "lossless",
+    compile: str = "auto",
     progress: bool | None = None,
     clip_output: bool = True,
     callback: Callable[[int, Tensor], None] | None = None,
+    deterministic: bool = False,
     trajectory: bool = False,
     **options: Any,
 ) -> Samples:
     """`sample` with its provenance: arguments as there. trajectory: keep the state after every row, too."""
     if "generator" in options:
         raise TypeError("generator: noise belongs to the sample here; pass seeds=[...], one integer per image, instead")
-    model, target = _resolve(model, nfe, device)
+    model, target = _resolve(model, MANY if sampler == "rk45" else nfe, device)
     if model.shape is None:
         raise ValueError("model: its image shape is not known; give it: fastdiff.wrap(net, ..., shape=(C, H, W))")
     if dtype not in DTYPES:
@@ -132,6 +154,12 @@ def run(
     if (start is not None) != ("t_start" in options):
         raise ValueError("start, t_start: the images to start from and the time their noise belongs to come together")
     plan = make_plan(model, nfe, sampler, **options)
+    if isinstance(plan, Adaptive) and (trajectory or callback is not None):
+        raise ValueError(
+            "callback, trajectory: rk45 takes other steps for each image; use a sampler with rows, such as heun"
+        )
+    invariant.check(deterministic, target)
+    _check_range(model, plan, start, threshold)
     if n is None and noise is not None and seeds is None:
         seeds = range(len(noise[0]))
     seed_list = check_seeds(seeds, n)
@@ -140,9 +168,18 @@ def run(
     images = check_images(start, model.shape, len(seed_list))
     draws = check_noise(noise, plan, model.shape, len(seed_list))
     size = check_batch_size(batch_size, target)
+    check_quality(quality)
+    check_compile(compile)
+    compile = "off" if deterministic and compile == "auto" else compile  # programs choose their algorithms by the clock
+    dtype = QUALITIES[quality] if dtype == torch.float32 else dtype
     placed = _placed(model, target, dtype)
-    weaker = _placed(guide[0].model, target, dtype) if guide and guide[0].model else None
-    network, counter = _counted(placed)
+    calls = len(seed_list) * (plan.nfe or MANY)  # rk45 counts its evaluations afterwards
+    by = engine(model, placed, dtype, compile, calls)
+    weaker, weaker_by = None, None
+    if guide and guide[0].model:
+        weaker = _placed(guide[0].model, target, dtype)
+        weaker_by = engine(guide[0].model, weaker, dtype, compile, calls)
+    network, counter = _counted(invariant.Invariant(by.call) if deterministic else by.call)
     adjust = _adjustment(threshold, guide[0].rescale if guide else 0.0)
     begin = time.perf_counter()
     results: list[Tensor] = []
@@ -155,33 +192,36 @@ def run(
             _check_state(plan, i, x)
             callback(i, x)
 
-    with torch.inference_mode(), _evaluating(placed), _evaluating(weaker), _autocast(target, dtype):
+    with torch.inference_mode(), _evaluating(placed), _evaluating(weaker), _autocast(target, dtype), _exact(quality):
         for first in _bar(range(0, len(seed_list), size), progress, plan, len(seed_list)):
             part = slice(first, first + size)
             batch_labels = None if label_list is None else torch.tensor(label_list[part], device=target)
             counter[0] = 0
             states.append([])
-            x = execute(
+            x = by.execute(
                 plan,
                 network,
                 ops.seed_tensor(seed_list[part], target),
                 model.shape,
                 batch_labels,
-                dtype=dtype,
+                dtype=_input_type(by, dtype),
                 x_T=None if draws is None else draws[0][part],
                 noise=None if draws is None else [z[part] for z in draws[1:]],
                 start=None if images is None else images[part].to(target),
-                guidance=guidance_of(guide, part, batch_labels, weaker),
+                guidance=guidance_of(guide, part, batch_labels, weaker_by.call if weaker_by else None),
                 adjust=adjust,
                 on_row=on_row if trajectory or callback is not None else None,
             )
             results.append(x)
         result = torch.cat(results)
         _check_finite(result, model)
+        result = 2 * result - 1 if model.convention.unit_images else result
         result = (result.clamp_(-1, 1) if clip_output else result).cpu()
     seconds = time.perf_counter() - begin
     kept = torch.stack([torch.cat(rows) for rows in zip(*states, strict=True)]).clone() if trajectory else None
-    return Samples(result.clone(), seed_list, label_list, plan, model, counter[0], seconds, target, dtype, kept)
+    evaluations = plan.nfe if by.captured or isinstance(plan, Adaptive) else counter[0]
+    how = (evaluations, seconds, target, dtype, by.describe())
+    return Samples(result.clone(), seed_list, label_list, plan, model, *how, kept)
 
 
 def _adjustment(threshold: float | None, amount: float) -> Callable[[Tensor, Tensor, int], Tensor] | None:
@@ -195,17 +235,27 @@ def _adjustment(threshold: float | None, amount: float) -> Callable[[Tensor, Ten
     return adjust
 
 
+def _check_range(model: Model, plan: Plan, start: Tensor | None, threshold: float | None) -> None:
+    """What takes images for numbers in [-1, 1] is not for a network that knows them in [0, 1]."""
+    clips = any(row.d_clip for row in plan.rows)
+    if model.convention.unit_images and (clips or start is not None or threshold is not None):
+        raise ValueError(
+            "start, clip, threshold: this network's images lie in [0, 1], where these are not defined; leave them out"
+        )
+
+
 def _check_state(plan: Plan, i: int, x: Tensor) -> None:
     """The step-wise loop can say where it was that the network gave NaN."""
     bad = int((~torch.isfinite(x)).sum())
     if bad:
         row = plan.rows[i]
         raise FloatingPointError(
-            f"model: {bad} of {x.numel()} pixels are NaN or infinite after row {i + 1} of {len(plan.rows)}, t = {row.t:.6g}"
+            f"model: {bad} of {x.numel()} pixels ({bad / x.numel():.1%}) are NaN or infinite after row {i + 1} of "
+            f"{len(plan.rows)}, t = {row.t:.6g}"
         )
 
 
-def _resolve(model, nfe: int, device) -> tuple[Model, torch.device]:
+def _resolve(model, nfe: int | None, device) -> tuple[Model, torch.device]:
     """The model and the device to compute on."""
     if device is not None and torch.device(device).type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"device: {device} was asked for, but this machine has no usable CUDA GPU; use device='cpu'")
@@ -219,6 +269,8 @@ def _resolve(model, nfe: int, device) -> tuple[Model, torch.device]:
 def _placed(model: Model, device: torch.device, dtype: torch.dtype) -> Callable[..., Tensor]:
     """The model's network on `device`, in float64 where that is asked for; the caller's own stays as it is."""
     network = model.network
+    if isinstance(model, Compiled) and model.device != device:
+        raise ValueError(f"model: it was compiled on {model.device}; compile it on {device}, or sample on {model.device}")
     if not isinstance(network, nn.Module):
         return network
     double = dtype == torch.float64 and any(p.dtype != dtype for p in network.parameters())
@@ -250,6 +302,23 @@ def _evaluating(network):
     finally:
         for m, was in zip(modules, training, strict=True):
             m.training = was
+
+
+def _input_type(by: Engine, dtype: torch.dtype) -> torch.dtype:
+    """That of the network's input: a program rounds for itself, and then the state's own serves."""
+    return torch.float32 if by.name == "fast" and dtype == torch.bfloat16 else dtype
+
+
+@contextlib.contextmanager
+def _exact(quality: str):
+    """Without TF32 where the images are to be lossless."""
+    convolutions, products = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
+    if quality == "lossless":
+        torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = convolutions, products
 
 
 def _autocast(device: torch.device, dtype: torch.dtype):

@@ -3,9 +3,11 @@
 import dataclasses
 from collections.abc import Callable, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from fastdiff.ops.denoise_step import C
 from fastdiff.ops.langevin_step import L, Norms
 
 
@@ -52,24 +54,24 @@ def given(noise: Sequence[Tensor] | None, needed: int, name: str, x: Tensor) -> 
     return [z.to(x) for z in noise]
 
 
-def add(
-    noise: list[Tensor],
-    amounts: dict[int, float],
-    learned: tuple[float, float] | None,
-    V: Tensor | None,
-    x: Tensor,
-    net_in: Tensor,
-    c_in: float,
-) -> None:
-    """Add a row's noise from the given draws, after `denoise_step` has added none, and make the next input again."""
-    for k, (draw, amount) in enumerate(amounts.items()):
-        std: float | Tensor = amount
-        if k == 0 and learned is not None and V is not None:
-            v = (V.to(x.dtype) + 1) / 2
-            std = amount + torch.exp((v * learned[1] + (1 - v) * learned[0]) / 2)
+def column(values: np.ndarray, x: Tensor) -> Tensor:
+    """A number for all samples, or one for each, against x."""
+    return torch.from_numpy(np.asarray(values)).to(x).reshape(-1, *[1] * (x.dim() - 1))
+
+
+def add(noise: list[Tensor], draws: Sequence[int], c: np.ndarray, V: Tensor | None, x: Tensor, net_in: Tensor) -> None:
+    """Add a row's noise from the given draws, after `denoise_step` has added none, and make the next input again.
+
+    c: the row's coefficients, [1 or B, len(C)].
+    """
+    for k, draw in enumerate(draws):
+        std = column(c[:, C.N1 + k], x)
+        if k == 0 and V is not None:
+            v, low, high = (V.to(x.dtype) + 1) / 2, column(c[:, C.LOG_MIN], x), column(c[:, C.LOG_MAX], x)
+            std = std + column(c[:, C.N_V], x) * torch.exp((v * high + (1 - v) * low) / 2)
         x += std * noise[draw]
-    if amounts:
-        _refill(net_in, c_in, x)
+    if draws:
+        refill(net_in, c[:, C.NEXT_IN], x)
 
 
 def langevin(x: Tensor, F: Tensor, z: Tensor, net_in: Tensor, c: Sequence[float], norms: int) -> None:
@@ -81,29 +83,30 @@ def langevin(x: Tensor, F: Tensor, z: Tensor, net_in: Tensor, c: Sequence[float]
     ratio = torch.where(of_score == 0, 0, of_z / of_score).reshape(-1, *[1] * (x.dim() - 1))
     eps = c[L.STEP] * ratio.square()
     x += eps * score + (2 * eps).sqrt() * z
-    _refill(net_in, c[L.NEXT_IN], x)
+    refill(net_in, c[L.NEXT_IN], x)
 
 
-def _refill(net_in: Tensor, c_in: float, x: Tensor) -> None:
+def refill(net_in: Tensor, c_in: float | np.ndarray, x: Tensor) -> None:
+    """net_in <- c_in x, every copy of it."""
     for part in net_in.split(max(len(x), 1)):
-        part.copy_(c_in * x)
+        part.copy_(column(np.asarray(c_in), x) * x)
 
 
-def adjusted(
+def denoised(
     x: Tensor,
     F: Tensor,
     F_u: Tensor | None,
     weight: Tensor | None,
-    guide: float,
-    skip: float,
-    out: float,
+    guide: np.ndarray,
+    skip: np.ndarray,
+    out: np.ndarray,
     adjust: Callable[[Tensor, Tensor], Tensor],
 ) -> Tensor:
-    """The output that makes D what adjust(D, unguided D) makes of it, guidance included; D = skip x + out F."""
-    f = F.to(x.dtype)
-    unguided = skip * x + out * f
+    """adjust(D, unguided D), guidance included; D = skip x + out F. guide, skip, out: numbers for all, or one for each."""
+    f, c_skip, c_out = F.to(x.dtype), column(skip, x), column(out, x)
+    unguided = c_skip * x + c_out * f
     d = unguided
     if F_u is not None and weight is not None:
         w = weight.to(x).reshape(-1, *[1] * (x.dim() - 1))
-        d = d + out * guide * (w - 1) * (f - F_u.to(x.dtype))
-    return (adjust(d, unguided) - skip * x) / out
+        d = d + c_out * column(guide, x) * (w - 1) * (f - F_u.to(x.dtype))
+    return adjust(d, unguided)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from fastdiff import Denoiser, Prediction, ops
-from fastdiff.denoiser import KINDS
+from fastdiff.denoiser import KINDS, Column, DeviceCoefficients
 from fastdiff.schedules import DDPM, EDM, VE, VP, Flow, SubVP, TrigFlow
 
 SCHEDULES = [EDM(), VE(), VP(), SubVP(), DDPM(), DDPM(law="cosine"), Flow(), TrigFlow()]
@@ -50,6 +50,7 @@ def test_perfect_network_gives_x0(schedule, kind, raw):
         ("score", VE(), lambda x0, n, a, s: -n / s),
         ("score", SubVP(), lambda x0, n, a, s: -n / s),
         ("flow", Flow(), lambda x0, n, a, s: n - x0),
+        ("trigflow", TrigFlow(), lambda x0, n, a, s: a * n - s / 0.5 * x0 / 0.5),
     ],
 )
 def test_targets_are_what_they_are_called(kind, schedule, target):
@@ -62,6 +63,23 @@ def test_targets_are_what_they_are_called(kind, schedule, target):
         b_x0, b_n = b_x0 - k * a, b_n - k * s
     np.testing.assert_allclose(b_x0, target(1.0, 0.0, a, s) * np.ones_like(t), rtol=1e-9, atol=1e-9)
     np.testing.assert_allclose(b_n, target(0.0, 1.0, a, s) * np.ones_like(t), rtol=1e-9, atol=1e-9)
+
+
+def test_trigflow_formulas():
+    """Lu and Song 2024: D = cos(t) x - sin(t) sigma_d F(x / sigma_d, t), and the same network read on EDM's path."""
+    t = interior(TrigFlow())
+    c = Prediction("trigflow").coefficients(TrigFlow(), t)
+    np.testing.assert_allclose(c.c_skip, np.cos(t), rtol=1e-13)
+    np.testing.assert_allclose(c.c_out, -0.5 * np.sin(t), rtol=1e-13)
+    np.testing.assert_allclose(c.c_in, 2.0, rtol=1e-13)
+    np.testing.assert_allclose(c.c_noise, t, rtol=1e-13)
+    on_edm = Prediction("trigflow").coefficients(EDM(), 0.5 * np.tan(t))
+    np.testing.assert_allclose(on_edm.c_in, c.c_in * np.cos(t), rtol=1e-12)  # x / alpha = x_edm
+    np.testing.assert_allclose(on_edm.c_noise, c.c_noise, rtol=1e-12)
+    times = torch.tensor([0.3, 1.2], dtype=torch.float64, requires_grad=True)
+    columns = DeviceCoefficients(TrigFlow(), Prediction("trigflow"))(times)
+    (slope,) = torch.autograd.grad(columns[:, Column.NOISE].sum(), times)
+    torch.testing.assert_close(slope, torch.ones_like(slope))
 
 
 def test_edm_formulas():

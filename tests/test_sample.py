@@ -232,7 +232,7 @@ BAD = [
     ({"n": 0, "seeds": None}, ValueError, "n: 0 images cannot be made"),
     ({"n": 2.5, "seeds": None}, ValueError, "n: 2.5 images cannot be made"),
     ({"generator": torch.Generator()}, TypeError, r"generator: noise belongs to the sample here; pass seeds=\[\.\.\.\]"),
-    ({"sampler": "magic"}, ValueError, "sampler: 'magic' is not known; use auto or one of analytic-ddpm, ancestral"),
+    ({"sampler": "magic"}, ValueError, "sampler: 'magic' is not known; use auto, rk45 or one of analytic-ddpm, ancestral"),
     ({"eta": 0.5}, TypeError, "eta: sampler 'consistency' has no such option; it has times, clip"),
     ({"batch_size": 0}, ValueError, "batch_size: 0 is no size"),
     ({"dtype": torch.int32}, ValueError, "dtype: torch.int32 is not supported here; use torch.float32"),

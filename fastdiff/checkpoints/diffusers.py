@@ -226,16 +226,28 @@ def names(network: UNet, v: Mapping[str, Any], state: Mapping[str, Any]) -> Layo
 def _about(v: Mapping[str, Any], scheduler: Mapping[str, Any] | None) -> About:
     if v["time_embedding_type"] == "fourier":
         low, high = ((scheduler or {}).get(k, d) for k, d in (("sigma_min", 0.01), ("sigma_max", 1348.0)))
-        # A network that centres its input knows images in [0, 1]; at twice the level they are images in [-1, 1].
+        # Images lie in [0, 1]. Where the network centres them, they are images in [-1, 1] at twice the level.
         unit = v["center_input_sample"]
         k = 2.0 if unit else 1.0
-        convention = Convention(log_level=True, divided=True, unit_range=unit)
-        return About(VE(k * low, k * high), Prediction("ve", time_scale=1 / k), convention=convention)
+        convention = Convention(log_level=True, divided=True, unit_range=unit, unit_images=not unit)
+        info = {} if scheduler is None else {"scheduler": _plain(scheduler)}
+        return About(VE(k * low, k * high), Prediction("ve", time_scale=1 / k), convention=convention, info=info)
     require(not v["center_input_sample"], "config: center_input_sample is not read")
     if scheduler is None:
         return About(DDPM(), Prediction("eps"))
     schedule, prediction, family = _scheduler(scheduler)
-    return About(schedule, prediction, family, info={"scheduler": scheduler.get("_class_name", "")})
+    return About(schedule, prediction, family, info={"scheduler": _plain(scheduler)})
+
+
+def _plain(scheduler: Mapping[str, Any]) -> dict[str, Any]:
+    """The configuration in what JSON has; anything else by its name."""
+
+    def value(x: Any) -> Any:
+        if isinstance(x, (list, tuple)):
+            return [value(y) for y in x]
+        return x if x is None or isinstance(x, (bool, int, float, str)) else type(x).__name__
+
+    return {k: value(x) for k, x in scheduler.items() if k == "_class_name" or not k.startswith("_")}
 
 
 def _scheduler(s: Mapping[str, Any]) -> tuple[Schedule, Prediction, str]:

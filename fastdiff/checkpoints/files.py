@@ -22,9 +22,12 @@ FAMILY_OF = {  # a name that each family's state dicts have, and nobody else's
     "diffusers": r"^down_blocks\.0\.resnets\.0\.conv1\.weight$",
 }
 UNREAD = {  # what is recognised, but has another block structure
-    r"^(model\.)?init_conv\.weight$": "lucidrains' denoising-diffusion-pytorch, with linear attention and other norms",
-    r"^(model\.|inner_model\.)*(u_net\.)?d_blocks\.0\.": "k-diffusion, whose attention sees the embedding too",
-    r"^(model\.|unet\.)?enc\.\d+x\d+_conv\.weight_?gain$|emb_gain$": "EDM2, whose layers preserve magnitudes",
+    r"^(model\.)?init_conv\.weight$": "lucidrains' denoising-diffusion-pytorch, whose norms are RMS over channels, after "
+    "the convolutions, and whose attention is linear or has keys of its own",
+    r"^(model\.|inner_model\.)*(u_net\.)?d_blocks\.0\.": "k-diffusion's image U-Net, which has GELU, and norms that all, "
+    "attention's too, take scale and shift from the embedding",
+    r"^(model\.|unet\.)?enc\.\d+x\d+_conv\.weight_?gain$|emb_gain$": "EDM2, whose layers preserve magnitudes and have no "
+    "norms or biases",
 }
 EXPECTED = "a fastdiff, diffusers, EDM, OpenAI or score_sde checkpoint"
 
@@ -36,6 +39,7 @@ class Foreign(NamedTuple):
     family: str
     class_name: str | None
     config: dict[str, Any]
+    asked: bool = False  # whether the caller was to say something of it
 
 
 class Native(NamedTuple):
@@ -51,7 +55,10 @@ def read(path: Path, config: Mapping[str, Any]) -> Foreign | Native:
     Raises: CheckpointError, whatever the bytes are; nothing in them is executed.
     """
     try:
-        return _folder(path) if path.is_dir() else _file(path, config)
+        found = _folder(path) if path.is_dir() else _file(path, config)
+        if config and not (isinstance(found, Foreign) and found.asked):
+            raise CheckpointError(f"it says itself what it is; leave {', '.join(config)} out")
+        return found
     except CheckpointError as error:
         text = str(error)
         raise CheckpointError(text if text.startswith("model: ") else f"model: {path} is not read: {text}") from error
@@ -192,7 +199,7 @@ def _state(state: dict[str, Weight], config: Mapping[str, Any]) -> Foreign:
     if family == "score_sde":
         state = {k.removeprefix("module."): v for k, v in state.items()}
     rest = {k: v for k, v in config.items() if k != "class_name"}
-    return Foreign(state, family, config.get("class_name"), rest)
+    return Foreign(state, family, config.get("class_name"), rest, asked=True)
 
 
 def of_object(value: Any) -> Foreign | None:

@@ -27,12 +27,18 @@ class Convention:
     """How the original calls its network, where that is not F(x, c_noise) for images in [-1, 1].
 
     log_level: it takes the noise level, and its embedding the logarithm. divided: its output is F / level.
-    unit_range: its images lie in [0, 1], which its network maps to [-1, 1].
+    unit_range: its images lie in [0, 1], which its network maps to [-1, 1]. unit_images: they lie in [0, 1] and are not
+    mapped, so that samplers work in [0, 1] as well, and only the images they make are mapped to [-1, 1].
     """
 
     log_level: bool = False
     divided: bool = False
     unit_range: bool = False
+    unit_images: bool = False
+
+    def describe(self) -> dict[str, bool]:
+        """What is not as usual."""
+        return {name: True for name, value in dataclasses.asdict(self).items() if value}
 
 
 @dataclasses.dataclass

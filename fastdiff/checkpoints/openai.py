@@ -56,33 +56,29 @@ USE: dict[str, Any] = {
     "sigma_max": 80.0,
     "distillation": True,
 }
-ADM = {"num_head_channels": 64, "use_scale_shift_norm": True, "resblock_updown": True, "num_res_blocks": 2}
-# The published models. What shapes tell is not repeated; attention_resolutions and widths are among it.
+ADM = {"num_head_channels": 64}
+CONSISTENCY = {"image_size": 64, **ADM}
+IMPROVED = {
+    "image_size": 64,
+    "num_heads": 4,
+    "diffusion_steps": 4000,
+    "noise_schedule": "cosine",
+    "rescale_timesteps": True,
+}
+# The published models. What shapes tell is not repeated.
 PRESETS: dict[str, dict[str, Any]] = {
     "64x64_diffusion": ADM | {"image_size": 64, "noise_schedule": "cosine", "use_new_attention_order": True, "dropout": 0.1},
-    "128x128_diffusion": ADM | {"image_size": 128, "num_head_channels": -1, "num_heads": 4},
+    "128x128_diffusion": {"image_size": 128, "num_heads": 4},
     "256x256_diffusion": ADM | {"image_size": 256},
     "256x256_diffusion_uncond": ADM | {"image_size": 256},
     "512x512_diffusion": ADM | {"image_size": 512},
     "lsun": ADM | {"image_size": 256, "dropout": 0.1},
-    "imagenet64_uncond_100M_1500K": {
-        "image_size": 64,
-        "num_heads": 4,
-        "diffusion_steps": 4000,
-        "noise_schedule": "cosine",
-        "rescale_timesteps": True,
-    },
-    "cifar10_uncond_50M_500K": {
-        "image_size": 32,
-        "num_heads": 4,
-        "diffusion_steps": 4000,
-        "noise_schedule": "cosine",
-        "rescale_timesteps": True,
-        "dropout": 0.3,
-    },
-    "edm_imagenet64_ema": ADM | {"image_size": 64, "distillation": False},
-    "cd_imagenet64": ADM | {"image_size": 64},
-    "ct_imagenet64": ADM | {"image_size": 64},
+    "imagenet64_uncond_100M_1500K": IMPROVED,
+    "imagenet64_cond_270M_250K": IMPROVED,
+    "cifar10_uncond_50M_500K": IMPROVED | {"image_size": 32, "dropout": 0.3},
+    "edm_imagenet64_ema": CONSISTENCY | {"distillation": False},
+    "cd_imagenet64": CONSISTENCY,
+    "ct_imagenet64": CONSISTENCY,
     "edm_lsun256": ADM | {"image_size": 256, "distillation": False},
     "cd_lsun256": ADM | {"image_size": 256},
     "ct_lsun256": ADM | {"image_size": 256},
@@ -103,7 +99,7 @@ def read(state: Mapping[str, Any], class_name: str | None, config: dict[str, Any
     config = dict(config)
     name = config.pop("preset", None)
     require(name is None or name in PRESETS, f"config: preset {name!r} is not known; use one of {', '.join(PRESETS)}")
-    given = (PRESETS[name] if name else {}) | config
+    given = ({"use_new_attention_order": False} | PRESETS[name] if name else {}) | config
     use = options({k: v for k, v in given.items() if k in USE}, USE, "UNetModel")
     arguments = {k: v for k, v in given.items() if k not in USE}
     if "model_channels" not in arguments:

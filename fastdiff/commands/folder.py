@@ -9,8 +9,9 @@ from typing import Any
 import torch
 import typer
 
+from fastdiff.atomic import atomically, remove_leftovers
 from fastdiff.images import save_image
-from fastdiff.model import Model, atomically
+from fastdiff.model import Model
 from fastdiff.sample import run
 
 REQUEST = "request.json"
@@ -20,8 +21,11 @@ def write(model: Model, request: dict[str, Any], out: Path, batch_size: int | No
     """Draw request["seeds"] batch by batch into `out`; what is there already is left alone.
 
     Batches are cut from the list of seeds, whatever is missing and however many processes there are (torchrun's RANK and
-    WORLD_SIZE), so that an image is the same in every division of the work. No more than a batch is in memory.
+    WORLD_SIZE), so that an image is the same in every division of the work. No more than a batch is in memory. Half-written
+    files of processes that were killed are removed. The network runs as it is, since a program of `fastdiff.compile` chooses
+    its algorithms by the clock, another in another process; the option compile="fast" prefers speed to equal bytes.
     """
+    options = {"compile": "off"} | options
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     device = request["device"]
     if device is None and torch.cuda.is_available():
@@ -30,27 +34,31 @@ def write(model: Model, request: dict[str, Any], out: Path, batch_size: int | No
     size = batch_size or (64 if device is None or device == "cpu" else 256)
     _claim(out, model, request, size)
     written = there = 0
-    for first, part in _shares(seeds, size, rank, world):
-        missing = [k for k, seed in enumerate(part) if not path_of(out, seed).exists()]
-        there += len(part) - len(missing)
-        if not missing:
-            continue
-        own = labels[first : first + size] if labels is not None and len(labels) > 1 else labels
-        result = run(
-            model,
-            request["nfe"],
-            seeds=part,
-            labels=own,
-            sampler=request["sampler"],
-            batch_size=size,
-            device=device,
-            dtype=request["dtype"],
-            progress=False,
-            **options,
-        )
-        for k in missing:
-            save_image(result.images[k], path_of(out, part[k]))
-        written += len(missing)
+    try:
+        for first, part in _shares(seeds, size, rank, world):
+            missing = [k for k, seed in enumerate(part) if not path_of(out, seed).exists()]
+            there += len(part) - len(missing)
+            if not missing:
+                continue
+            own = labels[first : first + size] if labels is not None and len(labels) > 1 else labels
+            result = run(
+                model,
+                request["nfe"],
+                seeds=part,
+                labels=own,
+                sampler=request["sampler"],
+                batch_size=size,
+                device=device,
+                dtype=request["dtype"],
+                progress=False,
+                **options,
+            )
+            for k in missing:
+                save_image(result.images[k], path_of(out, part[k]))
+                written += 1
+    except KeyboardInterrupt:
+        typer.echo(f"{out}: stopped, {written} written; the same command goes on from here", err=True)
+        raise
     share = "" if world == 1 else f" by process {rank} of {world}"
     typer.echo(f"{out}: {written} image{'s' if written != 1 else ''} written{share}, {there} there already")
 
@@ -70,6 +78,7 @@ def _claim(out: Path, model: Model, request: dict[str, Any], size: int) -> None:
     about |= {"model_hash": model.hash(), "dtype": str(request["dtype"]).removeprefix("torch."), "batch_size": size}
     text = json.dumps(about, indent=1, sort_keys=True) + "\n"
     out.mkdir(parents=True, exist_ok=True)
+    remove_leftovers(out)
     path = out / REQUEST
     if path.exists():
         before = json.loads(path.read_text())

@@ -15,6 +15,7 @@ from fastdiff.images import read_metadata, save_grid
 from fastdiff.info import versions
 from fastdiff.model import load, packaged
 from fastdiff.ops import implementations
+from fastdiff.request import MANY, NFE
 from fastdiff.sample import Samples
 from fastdiff.sample import run as draw
 
@@ -49,7 +50,7 @@ def run(
         "options": parse_options(option) if option else None,
         "dtype": dtype,
     }
-    request: dict[str, Any] = dict.fromkeys(given) | {"nfe": 2, "sampler": "auto", "dtype": "float32"}
+    request: dict[str, Any] = dict.fromkeys(given) | {"sampler": "auto", "dtype": "float32"}
     stored = {} if like is None else read_metadata(like)
     if like is not None and n is not None:
         raise ValueError("n: --like repeats the images of its file, seed by seed; leave --n out or give --seeds")
@@ -57,12 +58,15 @@ def run(
     request |= {k: v for k, v in given.items() if v is not None}
     if given["seeds"] is not None and given["labels"] is None:
         request["labels"] = None
+    if request["nfe"] is None and request["sampler"] != "rk45":
+        request["nfe"] = NFE
     if request["dtype"] not in DTYPES:
         raise ValueError(f"dtype: {request['dtype']!r} is not supported; use one of {', '.join(DTYPES)}")
     options: dict[str, Any] = dict(request["options"] or {})
     options |= {} if request["times"] is None else {"times": request["times"]}
     if given["seeds"] is not None and (out.is_dir() or not out.suffix):
-        source = packaged(request["nfe"]) if request["model"] is None else request["model"]
+        many = MANY if request["sampler"] == "rk45" else request["nfe"]
+        source = packaged(many) if request["model"] is None else request["model"]
         request |= {"device": device, "dtype": DTYPES[request["dtype"]]}
         return folder.write(load(source), request, out, batch_size, options)
     check_writable(out)
@@ -125,6 +129,13 @@ def check_writable(out: Path) -> None:
         raise ValueError(f"out: {out} is a folder; give the name of a PNG file in it, or --seeds for a file of each image")
     if out.suffix.lower() != ".png":
         raise ValueError(f"out: {out} does not end in .png; images are written as PNG")
+    check_folder(out)
+
+
+def check_folder(out: Path) -> None:
+    """Refuse, before any work, a file in a folder that is not there or cannot be written."""
+    if out.is_dir():
+        raise ValueError(f"out: {out} is a folder; give the name of a file in it")
     if not out.parent.is_dir():
         raise FileNotFoundError(f"out: the folder {out.parent} does not exist; create it first")
     try:

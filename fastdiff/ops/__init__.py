@@ -5,6 +5,7 @@ says `torch.ops.fastdiff`.
 """
 
 from fastdiff.ops import _register
+from fastdiff.ops._register import overload
 from fastdiff.ops._serving import Served, implementations, native
 from fastdiff.ops.add_noise import add_noise
 from fastdiff.ops.conv3x3 import Norm, conv3x3, conv3x3_algorithms, conv3x3_pack
@@ -46,6 +47,7 @@ __all__ = [
     "implementations",
     "langevin_step",
     "native",
+    "overload",
     "philox_normal",
     "resample",
     "resample_pads",

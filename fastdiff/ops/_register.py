@@ -83,7 +83,10 @@ def differentiable(name: str, save: Callable, backward: Callable, jvp: Callable)
             ctx.mark_non_differentiable(*out[1:])
 
     def run_backward(ctx, *grads):
-        return backward(ctx.saved_tensors, ctx.rest, ctx.needs_input_grad, *grads)
+        out = backward(ctx.saved_tensors, ctx.rest, ctx.needs_input_grad, *grads)
+        if torch.is_grad_enabled() and f"{name}_backward" in _OPS and not functorch_active():
+            return _once(name, out, (*grads, *ctx.saved_tensors))
+        return out
 
     def run_jvp(ctx, *tangents):
         tangent = jvp(ctx.saved_tensors, ctx.rest, *tangents)
@@ -114,6 +117,29 @@ def differentiable(name: str, save: Callable, backward: Callable, jvp: Callable)
 
     _LIBRARY.impl(name, autograd, "Autograd")
     return Twin.apply
+
+
+class _Once(Function):
+    """Its first `count` tensors, which depend on all of them, but cannot be differentiated."""
+
+    @staticmethod
+    def forward(ctx, name, count, *tensors):
+        ctx.name = name
+        return tuple(t.view_as(t) for t in tensors[:count])
+
+    @staticmethod
+    def backward(ctx, *grads):
+        raise RuntimeError(
+            f"fastdiff::{ctx.name} has a first derivative alone, and this asks for its second; use a network of plain "
+            f"torch modules where a gradient is differentiated again"
+        )
+
+
+def _once(name: str, out: tuple, inputs: tuple) -> tuple:
+    """Gradients that an op without derivatives of its own computed, so that a second derivative is an error, not wrong."""
+    given = [t for t in out if t is not None]
+    kept = iter(_Once.apply(name, len(given), *given, *(t for t in inputs if t is not None)))
+    return tuple(None if t is None else next(kept) for t in out)
 
 
 def functorch_active() -> bool:

@@ -9,14 +9,19 @@ from fastdiff.samplers.dpm_solver import dpm_solver_multi, dpm_solver_single
 from fastdiff.samplers.multistep import deis, ipndm, lms, pndm
 from fastdiff.samplers.ode import euler, heun, midpoint
 from fastdiff.samplers.restart import restart
-from fastdiff.samplers.rk45 import rk45
+from fastdiff.samplers.rk45 import Adaptive, adaptive, rk45
+from fastdiff.samplers.san_roman import LevelNetwork, fit_level, san_roman
+from fastdiff.samplers.schedulers import of_scheduler
 from fastdiff.samplers.sde import euler_maruyama, reverse_sde
 from fastdiff.samplers.search import search_times
 from fastdiff.samplers.unipc import unipc
 
 __all__ = [
     "SAMPLERS",
+    "Adaptive",
+    "LevelNetwork",
     "Sampler",
+    "adaptive",
     "analytic_ddpm",
     "best_steps",
     "consistency",
@@ -31,16 +36,19 @@ __all__ = [
     "euler_ancestral",
     "euler_maruyama",
     "fast_ddpm",
+    "fit_level",
     "heun",
     "ipndm",
     "lcm",
     "lms",
     "midpoint",
+    "of_scheduler",
     "pndm",
     "progressive",
     "restart",
     "reverse_sde",
     "rk45",
+    "san_roman",
     "search_times",
     "two_stage_ancestral",
     "unipc",

@@ -15,6 +15,7 @@ from fastdiff.samplers.dpm_solver import dpm_solver_multi, dpm_solver_single
 from fastdiff.samplers.multistep import deis, ipndm, lms, pndm
 from fastdiff.samplers.ode import euler, heun, midpoint
 from fastdiff.samplers.restart import restart
+from fastdiff.samplers.san_roman import san_roman
 from fastdiff.samplers.sde import euler_maruyama, reverse_sde
 from fastdiff.samplers.unipc import unipc
 
@@ -85,6 +86,7 @@ SAMPLERS: dict[str, Sampler] = {
     "progressive": Sampler(progressive, "1", ANY, "Salimans and Ho 2022, Progressive distillation"),
     "restart": Sampler(restart, "-", "8 + 2 N - 1", "Xu et al. 2023, Restart sampling"),
     "reverse-diffusion": Sampler(reverse_sde, "-", ANY, SONG, {"predictor": "reverse-diffusion", "corrector": None}),
+    "san-roman": Sampler(san_roman, "-", CHAIN, "San-Roman et al. 2021, Noise estimation"),
     "sde-dpm-solver++2m": Sampler(dpm_solver_multi, "-", ANY, DPMPP, {"order": 2, "estimate": "x0", "eta": 1.0}),
     "sde-dpm-solver++3m": Sampler(dpm_solver_multi, "-", ANY, CROWSON, {"order": 3, "estimate": "x0", "eta": 1.0}),
     "unipc": Sampler(unipc, "order + 1", ANY, "Zhao et al. 2023, UniPC"),

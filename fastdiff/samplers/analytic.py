@@ -14,6 +14,7 @@ from fastdiff.samplers._recipe import one_step
 from fastdiff.samplers.ddpm import ddim, ddpm, most, pairs
 from fastdiff.schedules import DDPM, Schedule
 
+HIGHEST_BETA = 1 - 1e-12
 LAST_PIXEL = 2.0  # the last noise is at most that of so many of 255 grey levels
 
 
@@ -108,21 +109,37 @@ def fast_ddpm(
 
 def variance_times(schedule: DDPM, n: int, spacing: str) -> np.ndarray:
     """Descending times at which the chain has the noise of n betas from beta_0 to the one that makes the ends agree."""
-    power = 2 if spacing == "quadratic" else 1
     target, first = float(schedule.log_alpha2(schedule.t_max)), float(schedule.betas[0])
+    log_alpha2 = short_chain(spacing, first, n, target)
+    return np.interp(-log_alpha2, -schedule.log_alpha2(np.arange(schedule.T)), np.arange(schedule.T))[::-1]
+
+
+def short_chain(law: str, first: float, n: int, target: float) -> np.ndarray:
+    """log abar_1 ... log abar_n, the last of them `target`, of n betas that begin with `first`.
+
+    law "uniform": even betas; "quadratic": even in their roots; "fibonacci": each the sum of the two before it. Where n of
+    the smallest betas are too much already, all of them shrink.
+    """
     if n == 1:
-        return np.array([schedule.t_max])
+        return np.array([target])
 
-    def chain(last: float) -> np.ndarray:
-        return np.cumsum(np.log1p(-(np.linspace(first ** (1 / power), last ** (1 / power), n) ** power)))
+    def chain(beta: float, free: float) -> np.ndarray:
+        """free: the last beta, the second in Fibonacci's law."""
+        power = 2 if law == "quadratic" else 1
+        betas = np.linspace(beta ** (1 / power), free ** (1 / power), n) ** power
+        if law == "fibonacci":
+            betas = np.array([beta, free])
+            while len(betas) < n:
+                betas = np.append(betas, min(betas[-1] + betas[-2], HIGHEST_BETA))
+        return np.cumsum(np.log1p(-betas))
 
-    low, high = first, 1 - 1e-12
-    for _ in range(200):  # bisection: the chain's end falls as its last beta grows
+    shrunk = chain(first, first)[-1] < target
+    low, high = (0.0, first) if shrunk else (first, HIGHEST_BETA)
+    for _ in range(200):  # bisection: the chain's end falls as betas grow
         middle = (low + high) / 2
-        low, high = (middle, high) if chain(middle)[-1] > target else (low, middle)
-    log_alpha2 = chain((low + high) / 2)
-    t = np.interp(-log_alpha2, -schedule.log_alpha2(np.arange(schedule.T)), np.arange(schedule.T))
-    return t[::-1]
+        end = chain(middle if shrunk else first, middle)[-1]
+        low, high = (middle, high) if end > target else (low, middle)
+    return chain(low if shrunk else first, low)
 
 
 def watson(

@@ -138,20 +138,26 @@ def dpm_solver_single(
     Third order: steps of 3 evaluations, ending 2, 1 or 1 or 2; second: of 2, ending with 1 where nfe is odd (DPM-Solver's
     "fast" lists). The step to r = 0 is one evaluation. Without lower_order_final all other steps are of full order.
 
-    inner: levels within a step even in log r ("logsnr") or in the schedule's time ("time").
+    inner: levels within a step even in log r ("logsnr"), in the schedule's time ("time"), or the grid's own, which then has
+    a level for every evaluation ("grid", as diffusers has it; its third stage is that of solver="taylor").
     """
     name = f"{_family(estimate)}{order}s"
     check_nfe(nfe, name)
     _check(order, estimate, solver, 0.0)
     orders = order_list(nfe, order, where.get("to_zero", True), lower_order_final)
-    path = Path(name, grid(schedule, len(orders), **where), prediction, clip=clip, estimate=estimate)
-    y = path.y
-    for k, (_, now, then) in zip(orders, path.steps(), strict=True):
+    if inner not in ("logsnr", "time", "grid"):
+        raise ValueError(f"inner: {inner!r} is not known; use 'logsnr', 'time' or 'grid'")
+    own = inner == "grid"
+    path = Path(name, grid(schedule, nfe if own else len(orders), **where), prediction, clip=clip, estimate=estimate)
+    y, last = path.y, 0
+    for k in orders:
+        first, last = last, last + (k if own else 1)
+        now, then = path.r[first], path.r[last]
         y, d, eps = path.look(y, now)
         if then == 0 or k == 1:
             y = toward(y, d, now, then)
         else:
-            levels = _inner_levels(path, now, then, k, inner)
+            levels = path.r[first + 1 : last] if own else _inner_levels(path, now, then, k, inner)
             y = single_step_update(path, y, d if estimate == "x0" else eps, now, levels, then, estimate, solver)
     return path.plan(y)
 
@@ -173,8 +179,6 @@ def order_list(nfe: int, order: int, to_zero: bool, lower: bool = True) -> list[
 
 
 def _inner_levels(path: Path, now: float, then: float, order: int, inner: str) -> list[float]:
-    if inner not in ("logsnr", "time"):
-        raise ValueError(f"inner: {inner!r} is not known; use 'logsnr' or 'time'")
     parts = [j / order for j in range(1, order)]
     if inner == "logsnr":
         return [math.exp((1 - p) * math.log(now) + p * math.log(then)) for p in parts]

@@ -1,4 +1,6 @@
-"""diffusers' own networks and pipelines, where it is installed (the bench extra): their numbers, their images."""
+"""diffusers' own networks give the numbers that diffusers gives, read from memory and from its files, and written back."""
+
+from itertools import pairwise
 
 import pytest
 import torch
@@ -6,9 +8,8 @@ from recorded_networks import error
 
 import fastdiff
 from fastdiff import CheckpointError
-from fastdiff.plan import execute
 
-diffusers = pytest.importorskip("diffusers", reason="diffusers is not installed; pip install diffusers")
+diffusers = pytest.importorskip("diffusers", reason="diffusers is not installed; pip install -e '.[test]'")
 
 DOWN, UP = ("DownBlock2D", "AttnDownBlock2D"), ("AttnUpBlock2D", "UpBlock2D")
 PLAIN = {"sample_size": 16, "block_out_channels": (32, 64), "layers_per_block": 1, "down_block_types": DOWN}
@@ -74,6 +75,24 @@ def test_networks(name, tmp_path):
     assert fastdiff.load(tmp_path).hash() == model.hash()
 
 
+def test_images_in_0_1(tmp_path):
+    """NCSN++ that does not centre its input knows images in [0, 1]: Euler's steps there, the images in [-1, 1]."""
+    net = network("ncsnpp")
+    model = fastdiff.load(net)
+    z = torch.randn(2, 3, 16, 16)
+    plan = fastdiff.make_plan(model, 4, "euler")
+    x, levels = z * plan.times[0], [*plan.times, 0.0]
+    for now, then in pairwise(levels):
+        x = x + (now - then) * now * net(x, torch.tensor(now)).sample  # dx/dt = -t score
+    got = fastdiff.sample(model, nfe=4, sampler="euler", noise=[z], seeds=[0, 1], clip_output=False)
+    assert error(got, 2 * x - 1) <= 2e-5
+    model.save(tmp_path / "m.safetensors")
+    assert fastdiff.load(tmp_path / "m.safetensors").convention == model.convention
+    for wrong in ({"clip": True}, {"threshold": 0.99}, {"start": z, "t_start": 1.0}):
+        with pytest.raises(ValueError, match=r"this network's images lie in \[0, 1\]"):
+            fastdiff.sample(model, nfe=4, sampler="euler", seeds=[0, 1], **wrong)
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [
@@ -87,23 +106,6 @@ def test_networks(name, tmp_path):
 def test_what_is_not_read(change, words):
     with pytest.raises(CheckpointError, match=f"model: .*{words}"):
         fastdiff.load(diffusers.UNet2DModel(**(PLAIN | change)))
-
-
-def test_pipeline():
-    """DDIM, ten steps of the pipeline's own times and noise: the same images to 1e-4."""
-    pipe = diffusers.DDIMPipeline(network("ddpm"), diffusers.DDIMScheduler(clip_sample=False))
-    pipe.set_progress_bar_config(disable=True)
-    model = fastdiff.load(pipe)
-    assert model.info == {"scheduler": "DDIMScheduler"} and model.schedule.name == "ddpm"
-    noise = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(5))
-    expected = pipe(2, torch.Generator().manual_seed(5), num_inference_steps=10, output_type="np").images
-    times = [float(t) for t in pipe.scheduler.timesteps]
-    plan = fastdiff.make_plan(model, 10, "ddim", times=times)
-    with torch.inference_mode():
-        x = execute(plan, model.network, torch.arange(2), (3, 16, 16), x_T=noise / plan.prior_std)
-    got = (x / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1)
-    assert (got - torch.from_numpy(expected)).abs().max() <= 1e-4
-    assert fastdiff.sample(pipe, nfe=2, seeds=[1]).shape == (1, 3, 16, 16)
 
 
 def test_pipeline_folder(tmp_path):

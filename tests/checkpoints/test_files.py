@@ -14,7 +14,7 @@ from fastdiff import CheckpointError, Prediction
 from fastdiff.checkpoints import score_sde
 from fastdiff.schedules import DDPM, EDM, VE, VP
 
-EDM_CASES = ["edm_ddpmpp_cond_aug", "edm_ncsnpp_ve", "edm_adm_cond"]
+EDM_CASES = ["edm_ddpmpp_cond_aug", "edm_ddpmpp_uncond", "edm_ncsnpp_ve", "edm_adm_cond"]
 DDPM_SCHEDULER = {
     "_class_name": "DDPMScheduler",
     "num_train_timesteps": 1000,
@@ -146,12 +146,23 @@ def test_edm_state_dict_with_arguments(case, tmp_path):
     same(fastdiff.load(tmp_path / "w.safetensors", class_name="VEPrecond", **data.constructor), data.model())
 
 
+def test_arguments_that_are_not_asked_for(case, tmp_path):
+    """What says itself how it was built takes no arguments, rather than ignoring them."""
+    data = case("edm_adm_cond")
+    edm_pickle(tmp_path / "n.pkl", data)
+    diffusers_folder(tmp_path / "m", case("diffusers_unet2d_ddpm"))
+    data.model().save(tmp_path / "ours.safetensors")
+    for source in (tmp_path / "n.pkl", tmp_path / "m", tmp_path / "ours.safetensors", data.model()):
+        with pytest.raises(CheckpointError, match="says itself what it is; leave img_size out"):
+            fastdiff.load(source, img_size=3)
+
+
 @pytest.mark.parametrize(
     ("names", "words"),
     [
-        (["init_conv.weight", "downs.0.0.block1.proj.weight"], "lucidrains"),
-        (["inner_model.u_net.d_blocks.0.0.weight"], "k-diffusion"),
-        (["unet.emb_gain", "unet.out_gain"], "EDM2"),
+        (["init_conv.weight", "downs.0.0.block1.proj.weight"], "lucidrains.*norms are RMS"),
+        (["inner_model.u_net.d_blocks.0.0.weight"], "k-diffusion.*GELU"),
+        (["unet.emb_gain", "unet.out_gain"], "EDM2.*no norms or biases"),
         (["linear.weight"], "of another program"),
     ],
 )

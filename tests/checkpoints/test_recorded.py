@@ -16,7 +16,7 @@ from fastdiff.checkpoints import edm
 from fastdiff.checkpoints.layout import Layout, fill
 from fastdiff.nn import ResBlock
 
-EDM = ["edm_ddpmpp_cond_aug", "edm_ncsnpp_ve", "edm_adm_cond"]
+EDM = ["edm_ddpmpp_cond_aug", "edm_ddpmpp_uncond", "edm_ncsnpp_ve", "edm_adm_cond"]
 GUIDED = ["gd_unet_adm", "gd_unet_iddpm_style"]
 LIMIT = 1e-5
 

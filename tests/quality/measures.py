@@ -13,46 +13,27 @@ The reference numbers were made once and are in tests/data; no image is stored. 
 import argparse
 import json
 from pathlib import Path
-from typing import NamedTuple
 
-import lenet
 import numpy as np
 import torch
 from safetensors import safe_open
 from safetensors.numpy import save_file
 from torch import Tensor
 
+from fastdiff.metrics import Classifier, Gaussian, frechet, gaussian, load_classifier, packaged_classifier
+from fastdiff.metrics.evaluation import halves, natural_labels
 from fastdiff.training import load_mnist
 
 REFERENCE = Path(__file__).parents[1] / "data" / "mnist-reference.safetensors"
 COMMAND = "python tests/quality/measures.py --data DIR"
 FLOOR_SIZES = {1_000: 20, 2_000: 20, 10_000: 5, 30_000: 1}  # number of images -> draws averaged; the last is half A itself
-GOLDEN = (5**0.5 - 1) / 2
 
 
-class Gaussian(NamedTuple):
-    """What FD sees of a set of images."""
-
-    mean: np.ndarray  # float64 [d]
-    cov: np.ndarray  # float64 [d, d]
-
-
-def gaussian(features: Tensor) -> Gaussian:
-    """Mean and covariance (over n - 1) of features [n, d]."""
-    f = features.double().numpy()
-    return Gaussian(f.mean(0), np.cov(f, rowvar=False))
-
-
-def frechet(a: Gaussian, b: Gaussian) -> float:
-    """|m_a - m_b|^2 + tr(S_a) + tr(S_b) - 2 tr((S_a^1/2 S_b S_a^1/2)^1/2).
-
-    The inner product is symmetric, so two symmetric eigendecompositions do, and singular covariances (dead ReLUs) are no
-    trouble, unlike with a general matrix square root.
-    """
-    values, vectors = np.linalg.eigh(a.cov)
-    root = (vectors * np.sqrt(values.clip(0))) @ vectors.T
-    cross = np.sqrt(np.linalg.eigvalsh(root @ b.cov @ root).clip(0)).sum()
-    return float(((a.mean - b.mean) ** 2).sum() + np.trace(a.cov) + np.trace(b.cov) - 2 * cross)
+def judging_classifier() -> Classifier:
+    """The packaged classifier, whose features FD-LeNet is about."""
+    path = packaged_classifier((1, 28, 28))
+    assert path is not None
+    return load_classifier(path)
 
 
 def pairwise(images: Tensor, labels: Tensor) -> np.ndarray:
@@ -82,18 +63,6 @@ def scaled(images: Tensor) -> Tensor:
     return images.float() / 127.5 - 1 if images.dtype == torch.uint8 else images
 
 
-def natural_labels(n: int, counts: np.ndarray) -> list[int]:
-    """n classes as frequent as in `counts`, in an order whose every beginning is so too (golden-ratio sequence)."""
-    edges = np.cumsum(counts) / np.sum(counts)
-    return np.searchsorted(edges, (0.5 + GOLDEN * np.arange(n)) % 1, side="right").tolist()
-
-
-def halves(n: int) -> tuple[Tensor, Tensor]:
-    """Two disjoint random halves of 0 ... n - 1."""
-    order = torch.randperm(n, generator=torch.Generator().manual_seed(0))
-    return order[: n // 2], order[n // 2 :]
-
-
 def floors(features: Tensor, labels: Tensor, other: Gaussian, counts: np.ndarray) -> dict[int, np.ndarray]:
     """{n: FD of each draw} of n of these features, in the classes of `natural_labels`, against `other`."""
     generator, found = torch.Generator().manual_seed(1), {}
@@ -111,14 +80,14 @@ def floors(features: Tensor, labels: Tensor, other: Gaussian, counts: np.ndarray
     return found
 
 
-def judge(images: Tensor, labels: list[int], net: lenet.LeNet, reference: dict[str, np.ndarray]) -> dict[str, float]:
+def judge(images: Tensor, labels: list[int], net: Classifier, reference: dict[str, np.ndarray]) -> dict[str, float]:
     """The quality of images [n, 1, 28, 28] in [-1, 1] that were asked to show `labels`.
 
     agreement: fraction that the classifier reads as asked. diversity, diversity_least: mean distance within a class over
     real digits', mean and least of the classes. fd, floor, ratio: FD-LeNet, the same for n real images, fd / floor.
     ratio_halves: fd over that of two halves of the real images, which is fair for n = 30,000 and severe for less.
     """
-    features, classes = lenet.classify(net, images)
+    features, classes = net.classify(images)
     wanted = torch.tensor(labels)
     diversity = pairwise(images, wanted) / reference["pairwise"]
     fd, least = frechet(gaussian(features), half_b(reference)), floor(reference, len(images))
@@ -136,7 +105,7 @@ def judge(images: Tensor, labels: list[int], net: lenet.LeNet, reference: dict[s
 def make_reference(folder: Path) -> dict[str, np.ndarray]:
     """Everything that `load_reference` returns, from the data set in `folder`."""
     train, test = load_mnist(folder), load_mnist(folder, train=False)
-    features, _ = lenet.classify(lenet.load()[0], train.images)
+    features, _ = judging_classifier().classify(train.images)
     a, b = halves(len(train))
     counts = np.bincount(train.labels.numpy(), minlength=10)
     sets = {"all": features, "a": features[a], "b": features[b]}
@@ -184,7 +153,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=REFERENCE)
     args = parser.parse_args()
     numbers = make_reference(args.data)
-    info = {"command": COMMAND, "classifier": lenet.load()[1], "data": "MNIST; nearest.*: every tenth test image"}
+    info = {"command": COMMAND, "classifier": judging_classifier().info, "data": "MNIST; nearest.*: every tenth test image"}
     save_file({k: np.ascontiguousarray(v) for k, v in numbers.items()}, args.out, metadata={"reference": json.dumps(info)})
     for n in FLOOR_SIZES:
         values = numbers[f"floor.{n}"]

@@ -3,10 +3,10 @@
 Seeds are fixed, so a result here moves only by rounding, and a failure means that something changed.
 """
 
-import lenet
 import measures
 import pytest
 
+from fastdiff.metrics.evaluation import natural_labels
 from fastdiff.model import load, packaged
 from fastdiff.sample import run
 
@@ -22,11 +22,11 @@ MODELS = ("mnist-ect", "mnist-edm")
 
 @pytest.fixture(scope="module")
 def judge():
-    net, _ = lenet.load()
+    net = measures.judging_classifier()
     reference, _ = measures.load_reference()
 
     def measure(name: str, nfe: int, n: int) -> dict[str, float]:
-        labels = measures.natural_labels(n, reference["label_counts"])
+        labels = natural_labels(n, reference["label_counts"])
         return measures.judge(run(name, nfe, seeds=range(n), labels=labels).images, labels, net, reference)
 
     return measure

@@ -1,40 +1,15 @@
 """Shared by the sampler tests: data whose denoiser is closed form, networks made of it, and plans replayed by hand."""
 
-import dataclasses
 import math
 from collections.abc import Callable
 
 import numpy as np
 import pytest
 import torch
+from mixture import Mixture
 
 from fastdiff import ops
 from fastdiff.plan import Plan
-
-
-@dataclasses.dataclass(frozen=True)
-class Mixture:
-    """p(x0) = sum_k w_k N(mu_k, s_k^2 I), over whole images, or over every pixel by itself.
-
-    E[x0 | alpha x0 + sigma n = x] = sum_k r_k (mu_k + alpha s_k^2 / v_k (x - alpha mu_k)), v_k = alpha^2 s_k^2 + sigma^2,
-    r_k proportional to w_k N(x; alpha mu_k, v_k).
-    """
-
-    weights: tuple[float, ...] = (0.6, 0.4)
-    means: tuple[float, ...] = (0.5, -0.3)
-    stds: tuple[float, ...] = (0.2, 0.3)
-    per_pixel: bool = False
-
-    def denoise(self, x: torch.Tensor, alpha: float, sigma: float) -> torch.Tensor:
-        """D in float64, cast to x's dtype."""
-        w, mu, s = (torch.tensor(v, dtype=torch.float64) for v in (self.weights, self.means, self.stds))
-        v = alpha**2 * s**2 + sigma**2
-        y = x.double()[..., None]  # [B, C, H, W, 1] against [K]
-        log_r = -((y - alpha * mu) ** 2) / (2 * v) - 0.5 * v.log()
-        if not self.per_pixel:
-            log_r = log_r.sum((1, 2, 3), keepdim=True)
-        r = (log_r + w.log()).softmax(-1)
-        return (r * (mu + alpha * s**2 / v * (y - alpha * mu))).sum(-1).to(x.dtype)
 
 
 class Oracle:

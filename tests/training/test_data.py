@@ -92,3 +92,36 @@ def test_damaged(tmp_path, mnist_folder, damage):
         shutil.copy(tmp_path / "t10k-labels-idx1-ubyte.gz", tmp_path / "train-labels-idx1-ubyte.gz")
     with pytest.raises(ValueError, match=r"data: .*train-.*(damaged|does not fit|labels)"):
         load_mnist(tmp_path)
+
+
+def test_fingerprint():
+    """Another pixel, label or shape is another data set."""
+    data = ImageData(numbered(12), torch.arange(12))
+    assert data.fingerprint == ImageData(numbered(12), torch.arange(12), seed=5).fingerprint
+    others = [
+        ImageData(numbered(12) + 1, torch.arange(12)),
+        ImageData(numbered(12), torch.arange(12) + 1),
+        ImageData(numbered(12), None),
+        ImageData(numbered(12).reshape(12, 1, 1, 1).reshape(3, 4, 1, 1), None),
+    ]
+    assert len({d.fingerprint for d in others} | {data.fingerprint}) == 5
+
+
+def test_labels_for_every_image():
+    with pytest.raises(ValueError, match="labels: 3 of them for 12 images; give one for each"):
+        ImageData(numbered(12), torch.arange(3))
+
+
+def test_checksums_tell_mnist_from_others(mnist_folder, tmp_path, monkeypatch):
+    """Other data in MNIST's format is read, and not called MNIST."""
+    import hashlib
+
+    from fastdiff.training import mnist
+
+    assert load_mnist(mnist_folder).about["checksums"] == "not MNIST's"
+    sums = {
+        f.stem: hashlib.md5(gzip.decompress(f.read_bytes())).hexdigest() for f in mnist_folder.iterdir() if f.suffix == ".gz"
+    }
+    monkeypatch.setattr(mnist, "PUBLISHED", sums)
+    about = load_mnist(mnist_folder).about
+    assert (about["name"], about["checksums"], len(about["classes"])) == ("MNIST", "as published", 10)

@@ -2,14 +2,17 @@
 
 import dataclasses
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
 from fastdiff import Prediction, ops, schedules
-from fastdiff.training import ddpm, ect, edm
-from fastdiff.training.losses import Batch, linear_forms, normals, regression, uniforms
+from fastdiff.training import losses
+from fastdiff.training.losses import Batch
+from fastdiff.training.losses.base import linear_forms, normals, uniforms
+from fastdiff.training.losses.ect import earlier_time
 
 SEEDS = [3, 7, 2**40 + 5, 2**64 - 1]
 
@@ -24,29 +27,40 @@ def noise(b):
     return ops.philox_normal(b.seeds, 0, b.x0.shape[1:], domain=ops.Domain.TRAINING)
 
 
+def create(name, schedule=None, kind="edm", **options):
+    return losses.create(name, schedule or schedules.EDM(), Prediction(kind), options)
+
+
+# loss, schedule, prediction, and the weight on (F - F*)^2 in the paper's own words (r = sigma / alpha)
 CASES = [
-    ("ddpm", ddpm.loss, schedules.DDPM(), "eps"),
-    ("ddpm", ddpm.loss, schedules.DDPM(law="cosine"), "v"),
-    ("ddpm", ddpm.loss, schedules.VP(), "x0"),
-    ("edm", edm.loss, schedules.EDM(), "edm"),
-    ("edm", edm.loss, schedules.EDM(), "eps"),
-    ("edm", edm.loss, schedules.VP(), "edm"),
+    ("ddpm", schedules.DDPM(), "eps", lambda r, a: 1),
+    ("ddpm", schedules.DDPM(law="cosine"), "v", lambda r, a: 1),
+    ("ddpm", schedules.VP(), "x0", lambda r, a: 1),
+    ("edm", schedules.EDM(), "edm", lambda r, a: 1),
+    ("edm", schedules.EDM(), "eps", lambda r, a: (r**2 + 0.25) / 0.25),
+    ("edm", schedules.VP(), "edm", lambda r, a: 1),
+    ("min-snr", schedules.DDPM(), "eps", lambda r, a: np.minimum(r**-2, 5) * r**2),
+    ("min-snr", schedules.DDPM(), "x0", lambda r, a: np.minimum(r**-2, 5)),
+    ("min-snr", schedules.VP(), "v", lambda r, a: np.minimum(r**-2, 5) / (r**-2 + 1)),
+    ("sde", schedules.VP(), "score", lambda r, a: (r * a) ** 2),
+    ("sde", schedules.VE(), "ve", lambda r, a: 1),
+    ("flow", schedules.Flow(), "flow", lambda r, a: 1),
+    ("flow", schedules.Flow(), "x0", lambda r, a: (1 + 1 / r) ** 2),
 ]
+IDS = [f"{name}-{schedule.name}-{kind}" for name, schedule, kind, _ in CASES]
 
 
-def config_of(toy_config, name, schedule, kind):
-    return dataclasses.replace(toy_config(name), schedule=schedule, prediction=Prediction(kind))
-
-
-@pytest.mark.parametrize(("name", "loss", "schedule", "kind"), CASES, ids=lambda v: getattr(v, "name", v))
-def test_perfect_network(name, loss, schedule, kind, toy_config):
-    """A network that knows x0 and n, and so returns F*, has loss 0; one that is off by 1 has loss 1."""
-    config, b = config_of(toy_config, name, schedule, kind), batch()
-    p = config.prediction
+@pytest.mark.parametrize(("name", "schedule", "kind", "weight"), CASES, ids=IDS)
+def test_perfect_network(name, schedule, kind, weight):
+    """A network that knows x0 and n, and so returns F*, has loss 0; one that is off by 1 has the family's weight."""
+    loss, b, ratios = create(name, schedule, kind), batch(), []
+    p = loss.prediction
 
     def perfect(x, c_noise, offset=0.0):
         # t from c_noise, whichever kind wrote it
-        t = schedule.time_of(np.exp(4 * c_noise.double().numpy())) if kind == "edm" else c_noise.double().numpy()
+        c = c_noise.double().numpy()
+        t = schedule.time_of(np.exp(4 * c)) if kind == "edm" else np.exp(c) if kind == "ve" else c
+        ratios[:] = [schedule.ratio(t), schedule.alpha(t)]
         b_x0, b_n = (torch.from_numpy(v).reshape(-1, 1, 1, 1) for v in p.target(schedule, t))
         c, a, s = p.coefficients(schedule, t).c_in, schedule.alpha(t), schedule.sigma(t)
         a, s = (torch.from_numpy(np.asarray(c * v)).reshape(-1, 1, 1, 1) for v in (a, s))
@@ -54,17 +68,19 @@ def test_perfect_network(name, loss, schedule, kind, toy_config):
         torch.testing.assert_close(x.double(), a * b.x0 + s * noise(b), rtol=1e-4, atol=1e-4)
         return (b_x0 * b.x0 + b_n * noise(b) + offset).float()
 
-    assert loss(perfect, config, b).shape == (4,)
-    # t goes through float32, which moves F* of size up to 2 by about 1e-5
-    assert loss(perfect, config, b).max() <= 1e-8
-    torch.testing.assert_close(loss(lambda x, c: perfect(x, c, 1.0), config, b), torch.ones(4), rtol=0, atol=1e-4)
+    assert loss(perfect, b).shape == (4,)
+    zero, one = loss(perfect, b), loss(lambda x, c: perfect(x, c, 1.0), b)
+    expected = torch.from_numpy(np.broadcast_to(weight(*ratios), 4).copy()).float()
+    # t goes through float32, which moves F* by 1e-5 of its size
+    assert (zero <= 1e-8 * expected * max(1, p.target(schedule, schedule.time_of(ratios[0]))[1].max() ** 2)).all()
+    torch.testing.assert_close(one, expected, rtol=1e-3, atol=1e-4)
 
 
-def test_edm_loss_is_weighted_denoising(toy_config):
+def test_edm_loss_is_weighted_denoising():
     """Mean over pixels of (s^2 + sd^2) / (s sd)^2 (D - x0)^2, the paper's form."""
-    config, b = toy_config("edm"), batch()
+    b = batch()
     s = np.exp(-1.2 + 1.2 * normals(b.seeds))
-    got = edm.loss(lambda x, c: torch.tanh(x), config, b)
+    got = create("edm")(lambda x, c: torch.tanh(x), b)
     for i in range(4):
         x = b.x0[i].double() + s[i] * noise(b)[i].double()
         skip, out, inner = (
@@ -87,11 +103,10 @@ def test_times_follow_their_laws():
     assert not np.array_equal(normals(seeds, 0), normals(seeds, 1))
 
 
-def test_ddpm_times_are_indices(toy_config):
+def test_ddpm_times_are_indices():
     """Every index is a whole number in 0 ... T-1, ends included over many seeds."""
     seen = []
-    config = dataclasses.replace(toy_config("ddpm"), schedule=schedules.DDPM(T=10))
-    ddpm.loss(lambda x, c: seen.append(c) or x, config, batch(400, size=2))
+    create("ddpm", schedules.DDPM(T=10), "eps")(lambda x, c: seen.append(c) or x, batch(400, size=2))
     assert sorted(set(seen[0].tolist())) == list(map(float, range(10)))
 
 
@@ -103,33 +118,28 @@ def test_pair_shares_its_noise():
     assert torch.equal(x_t, 4 * x_r) and torch.equal(x_r, noise(b))
 
 
-def ect_config(toy_config, **changes):
-    return dataclasses.replace(toy_config("ect"), **changes)
-
-
 def test_ect_earlier_time():
     """r rises towards t from stage to stage, is 0 where the gap reaches past 0, and never exceeds t."""
     t = np.geomspace(1e-3, 80, 50)
     last = np.zeros_like(t)
     for stage in range(8):
-        r = ect.earlier_time(t, 2.0, stage)
+        r = earlier_time(t, 2.0, stage)
         n = 1 + 8 / (1 + np.exp(t))
         np.testing.assert_allclose(r, np.maximum(0, t * (1 - n / 2.0 ** (stage + 1))), rtol=1e-12)
         assert np.all(r >= last) and np.all(r < t)
         last = r
-    assert not ect.earlier_time(t, 1.0, 0).any()  # n >= 1, so q = 1 makes every r zero
+    assert not earlier_time(t, 1.0, 0).any()  # n >= 1, so q = 1 makes every r zero
 
 
-def test_ect_with_r_zero_is_diffusion(toy_config):
+def test_ect_with_r_zero_is_diffusion():
     """At r = 0 the target is x0: the distance |D - x0| itself, over t, per root pixel."""
-    config = ect_config(toy_config, q=1.0, stages=1, huber=0.0)
     b, calls = batch(), []
 
     def net(x, c_noise):
         calls.append((x, c_noise))
         return torch.tanh(x)
 
-    got = ect.loss(net, config, b)
+    got = create("ect", q=1.0, stages=1)(net, b)
     t = np.clip(np.exp(-1.1 + 2.0 * normals(b.seeds)), 1e-4, 80.0)
     for i in range(4):
         skip, out, inner = (
@@ -142,7 +152,7 @@ def test_ect_with_r_zero_is_diffusion(toy_config):
         assert got[i].item() == pytest.approx(((d - b.x0[i]).norm() / t[i] / 6).item(), rel=2e-4)
 
 
-def test_ect_perfect_network(toy_config):
+def test_ect_perfect_network():
     """The exact consistency function of a single image, D = x0 at every t, has loss 0 in every stage."""
     for progress in (0.0, 0.5, 0.99):
         b = batch(progress=progress)
@@ -152,12 +162,12 @@ def test_ect_perfect_network(toy_config):
             skip, out = 0.25 / (s**2 + 0.25), 0.5 * s / (s**2 + 0.25).sqrt()
             return ((x0 - skip * x.double() * (s**2 + 0.25).sqrt()) / out).float()
 
-        got = ect.loss(net, ect_config(toy_config), b)
+        got = create("ect")(net, b)
         # |D - D'| is rounding, about 1e-6 of the largest x at the largest t; 1 / (t - r) magnifies it at small t
         assert got.max() <= 1e-3
 
 
-def test_ect_gradient_and_dropout(toy_config):
+def test_ect_gradient_and_dropout():
     """Both evaluations see one dropout mask, and only the one at t is differentiated."""
     drop, masks = torch.nn.Dropout(0.5), []
     weight = torch.ones(1, requires_grad=True)
@@ -169,7 +179,7 @@ def test_ect_gradient_and_dropout(toy_config):
     for later in (0.0, 0.9):
         masks.clear()
         torch.manual_seed(4)
-        out = ect.loss(net, ect_config(toy_config), batch(progress=later))
+        out = create("ect")(net, batch(progress=later))
         assert len(masks) == 2 and torch.equal(*masks)
         assert out.requires_grad
     graph = []
@@ -178,36 +188,71 @@ def test_ect_gradient_and_dropout(toy_config):
         graph.append(torch.is_grad_enabled())
         return weight * x
 
-    ect.loss(spy, ect_config(toy_config), batch(progress=0.9))
+    create("ect")(spy, batch(progress=0.9))
     assert sorted(graph) == [False, True]
 
 
-def test_labels_reach_the_network(toy_config):
+def every():
+    """One of each loss that needs nothing but a network."""
+    for name, schedule, kind, _ in CASES:
+        yield create(name, schedule, kind)
+    for name in ("ct", "ict"):
+        yield create(name, kind="consistency")
+    yield create("ect")
+
+
+def test_labels_reach_the_network():
     b, seen = batch(), []
     b.labels = torch.tensor([0, 1, 1, 0])
-    for name, loss in (("edm", edm.loss), ("ddpm", ddpm.loss), ("ect", ect.loss)):
+    for loss in every():
         seen.clear()
-        loss(lambda x, c, labels: seen.append(labels) or x, toy_config(name), b)
+        loss(lambda x, c, labels: seen.append(labels) or x, b)
         assert all(torch.equal(s, b.labels) for s in seen) and seen
 
 
-def test_loss_belongs_to_the_sample(toy_config):
+def test_loss_belongs_to_the_sample():
     """Seeds decide times and noise: a batch in two halves has the same losses."""
     b = batch()
-    for name, loss in (("edm", edm.loss), ("ddpm", ddpm.loss), ("ect", ect.loss)):
-        whole = loss(lambda x, c: torch.sin(x), toy_config(name), b)
-        halves = [
-            loss(lambda x, c: torch.sin(x), toy_config(name), Batch(b.x0[p], b.seeds[p], None, 0.0))
-            for p in (slice(0, 2), slice(2, 4))
-        ]
+    for loss in every():
+        whole = loss(lambda x, c: torch.sin(x), b)
+        halves = [loss(lambda x, c: torch.sin(x), Batch(b.x0[p], b.seeds[p], None, 0.0)) for p in (slice(0, 2), slice(2, 4))]
         torch.testing.assert_close(torch.cat(halves), whole, rtol=1e-5, atol=1e-6)
 
 
-def test_regression_of_the_best_constant():
-    """Data that is all zero: predicting eps as x / sigma is exact, predicting 0 costs E n^2 = 1."""
-    b = Batch(torch.zeros(64, 1, 16, 16), ops.seed_tensor(range(64)), None, 0.0)
-    t = np.linspace(1, 5, 64)
-    zero = regression(lambda x, c: torch.zeros_like(x), schedules.EDM(), Prediction("eps"), b, t)
-    assert abs(zero.mean().item() - 1) <= 4 * math.sqrt(2 / (64 * 256))  # 4 standard errors of chi-squared
-    exact = regression(lambda x, c: x / c.reshape(-1, 1, 1, 1), schedules.EDM(), Prediction("eps"), b, t)
-    assert exact.max() <= 1e-12
+def test_unknown_names_and_options():
+    with pytest.raises(ValueError, match=r"loss: 'ddmp' is not known; did you mean ddpm\? There are ddpm, "):
+        create("ddmp")
+    with pytest.raises(ValueError, match=r"options: the loss 'edm' has no option 'pmean'; did you mean p_mean\?"):
+        create("edm", pmean=1.0)
+    with pytest.raises(ValueError, match="options: the loss 'ddpm' has no option 'gamma'; it has none"):
+        create("ddpm", gamma=1.0)
+    for name, options, says in (
+        ("edm", {"p_mean": "low"}, "options: p_mean is a finite number, such as its default -1.2; got 'low'"),
+        ("edm", {"p_mean": math.nan}, "options: p_mean is a finite number, .* got nan"),
+        ("ncsn", {"levels": 2.5}, "options: levels is a whole number, such as its default 10; got 2.5"),
+        ("sde", {"importance": 1}, "options: importance is True or False, such as its default False; got 1"),
+        ("flow", {"law": 3}, "options: law is a word, such as its default 'uniform'; got 3"),
+        ("min-snr", {"gamma": 0}, "gamma: 0 is out of range; use a number > 0"),
+    ):
+        with pytest.raises(ValueError, match=says):
+            create(name, **options)
+    assert create("edm", p_mean=-1).p_mean == -1
+    with pytest.raises(ValueError, match="teacher: the loss 'cd' distils a diffusion model; give one"):
+        create("cd", kind="consistency")
+    with pytest.raises(ValueError, match="teacher: the loss 'edm' has no use for one"):
+        losses.create("edm", schedules.EDM(), Prediction("edm"), teacher=lambda x, t: x)
+    with pytest.raises(ValueError, match="perceptual: the loss 'edm' compares no images"):
+        losses.create("edm", schedules.EDM(), Prediction("edm"), perceptual=lambda a, b: a)
+
+
+def test_network_of_the_wrong_width():
+    with pytest.raises(ValueError, match=r"network: it returns 2 channels .* learned_variance=False give it out_channels=1"):
+        create("edm")(lambda x, c: torch.cat((x, x), 1), batch())
+
+
+def test_page_of_losses():
+    """docs/losses.md has every loss with its options and their defaults, and no other."""
+    text = (Path(__file__).parents[2] / "docs" / "losses.md").read_text()
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("| `")]
+    page = {row[0].strip("`"): set(row[3].split()) for row in rows}
+    assert page == {name: {f"{k}={v}" for k, v in losses.options(name).items()} for name in losses.LOSSES}

@@ -7,18 +7,11 @@ import os
 
 import pytest
 import torch
+from toy_training import trainer, weights
 
 import fastdiff
-from fastdiff.training import PRESETS, Trainer
+from fastdiff.training import ImageData
 from fastdiff.training.trainer import TrainingError
-
-
-def trainer(config, data, out, **rest):
-    return Trainer(config, data, out, **({"checkpoint_every": 0, "report_every": 0, "progress": False} | rest))
-
-
-def weights(model):
-    return torch.cat([v.flatten().double() for v in model.state.values()])
 
 
 @pytest.mark.parametrize(("loss", "factor"), [("edm", 0.75), ("ddpm", 0.4), ("ect", 0.92)])
@@ -28,10 +21,10 @@ def test_loss_goes_down(loss, factor, toy_config, toy_data, tmp_path):
     ECT's falls least: it is the distance, not its square, and times near 0, where nothing can be learned, weigh most.
     """
     # stages=1: ECT's target, and so its loss, would change from stage to stage
-    config = toy_config(loss, images=1280, stages=1, q=1.0)
+    config = toy_config(loss, images=1280, options={"stages": 1, "q": 1.0} if loss == "ect" else {})
     t = trainer(config, toy_data, tmp_path)
     t.train()
-    losses = [row[2] for row in t.log.rows]
+    losses = [row[2] for row in t.reporter.log.rows]
     assert sum(losses[-20:]) <= factor * sum(losses[:20])
 
 
@@ -43,7 +36,8 @@ def test_ect_starts_from_a_teacher(toy_config, toy_data, tmp_path):
     assert model.family == "consistency" and teacher.family == "diffusion"
     other = dataclasses.replace(t.config, network=dataclasses.replace(t.config.network, channels=16))
     with pytest.raises(
-        ValueError, match=r"init: its network .* the one to be trained; use a checkpoint of the same architecture"
+        ValueError,
+        match=r"init: its network .* to be trained \(channels: 8 there, 16 here\); use a checkpoint of the same arch",
     ):
         trainer(other, toy_data, tmp_path / "other", init=teacher)
 
@@ -77,21 +71,36 @@ def test_learning_rate(toy_config, toy_data, tmp_path):
     assert t._lr(1000) == 1.0 and t._lr(0) == pytest.approx(0.1)
 
 
-def test_ema(toy_config, toy_data, tmp_path):
-    """e <- e + (1 - 2^(-batch / h)) (p - e), h the half-life or 5 % of the images seen, after every step."""
-    t = trainer(toy_config(ema_halflife=4), toy_data, tmp_path)
-    expected = [e.double().clone() for e in t.ema]
+def test_averages(toy_config, toy_data, tmp_path):
+    """e <- e + (1 - 2^(-batch / h)) (p - e), h each half-life or 5 % of the images seen, after every step; all at once."""
+    t = trainer(toy_config(ema=(4, 1000), ema_rampup=0.05), toy_data, tmp_path)
+    expected = [[e.double().clone() for e in weights] for weights in t.ema.weights]
     for step in range(1, 8):
         t._one_step()
-        halflife = min(4, 0.05 * 16 * step)
-        keep = 0.5 ** (16 / halflife)
-        expected = [
-            keep * e + (1 - keep) * p.detach().double() for e, p in zip(expected, t.network.parameters(), strict=True)
-        ]
-        for e, x in zip(t.ema, expected, strict=True):
-            torch.testing.assert_close(e.double(), x, rtol=1e-5, atol=1e-7)
-    model = t.model()
-    assert all(torch.equal(p, e) for p, e in zip(model.network.parameters(), t.ema, strict=True))
+        for h, (k, averaged) in zip((4, 1000), enumerate(t.ema.weights), strict=True):
+            keep = 0.5 ** (16 / min(h, 0.05 * 16 * step))
+            parameters = list(t.network.parameters())
+            expected[k] = [keep * e + (1 - keep) * p.detach().double() for e, p in zip(expected[k], parameters, strict=True)]
+            for e, x in zip(averaged, expected[k], strict=True):
+                torch.testing.assert_close(e.double(), x, rtol=1e-5, atol=1e-7)
+    for which in (0, 1):
+        own = t.model(which).network.parameters()
+        assert all(torch.equal(p, e) for p, e in zip(own, t.ema.weights[which], strict=True))
+
+
+def test_every_average_becomes_a_model(toy_config, toy_data, tmp_path):
+    trainer(toy_config(ema=(50_000, 10), ema_rampup=0.0, images=48), toy_data, tmp_path).train()
+    slow, fast = (fastdiff.load(tmp_path / f"{name}.safetensors") for name in ("model", "model-ema-10"))
+    assert slow.info["ema"] == 50_000 and fast.info["ema"] == 10 and slow.hash() != fast.hash()
+
+
+def test_accumulation(toy_config, toy_data, tmp_path):
+    """Parts of a batch give the gradient of the whole: four parts follow one within rounding. Dropout is off."""
+    config = toy_config(images=96)
+    config = dataclasses.replace(config, network=dataclasses.replace(config.network, dropout=0.0))
+    one = trainer(config, toy_data, tmp_path / "one").train()
+    four = trainer(dataclasses.replace(config, accumulate=4), toy_data, tmp_path / "four").train()
+    torch.testing.assert_close(weights(one), weights(four), rtol=0, atol=1e-5)
 
 
 def test_gradient_clipping(toy_config, toy_data, tmp_path):
@@ -134,19 +143,33 @@ def test_lost_work_is_done_again(toy_config, toy_data, tmp_path):
     for _ in range(5):  # checkpoint after step 3
         t._one_step()
         t._housekeeping()
-    t.log.flush()  # as if the log had been written later than the checkpoint
+    t.reporter.flush()  # as if the log had been written later than the checkpoint
     again = trainer(config, toy_data, tmp_path / "cut")
-    assert again.step == 3 and len(again.log.rows) == 3
+    assert again.step == 3 and len(again.reporter.log.rows) == 3
     assert torch.equal(weights(again.train()), weights(whole))
     assert (tmp_path / "whole" / "loss.csv").read_text() == (tmp_path / "cut" / "loss.csv").read_text()
 
 
-@pytest.mark.parametrize("change", [{"lr": 1e-4}, {"images": 256}, {"seed": 2}, {"batch": 8}])
+@pytest.mark.parametrize("change", [{"lr": 1e-4}, {"images": 256}, {"seed": 2}, {"batch": 8}, {"options": {"p_mean": 1.0}}])
 def test_other_settings_are_refused(change, toy_config, toy_data, tmp_path):
     trainer(toy_config(), toy_data, tmp_path).train(2)
-    name = next(iter(change))
+    name = "options.p_mean" if "options" in change else next(iter(change))
     with pytest.raises(ValueError, match=rf"out: .* holds a run with other settings \({name}: .* there, .* now\)"):
         trainer(toy_config(**change), toy_data, tmp_path)
+
+
+def test_other_networks_and_images_are_refused(toy_config, toy_data, tmp_path):
+    """A run continues with its own architecture and on its own images."""
+    config = toy_config()
+    trainer(config, toy_data, tmp_path).train(2)
+    other = dataclasses.replace(config, network=dataclasses.replace(config.network, channels=16))
+    with pytest.raises(
+        ValueError, match=r"out: .* other settings \(network.channels: 8 there, 16 now\); give the same settings"
+    ):
+        trainer(other, toy_data, tmp_path)
+    images = ImageData(255 - toy_data.images, toy_data.labels)
+    with pytest.raises(ValueError, match=r"data: the run in .* was on other images .*; give the same data to continue it"):
+        trainer(config, images, tmp_path)
 
 
 def test_divergence(toy_config, toy_data, tmp_path):
@@ -155,7 +178,9 @@ def test_divergence(toy_config, toy_data, tmp_path):
     t = trainer(config, toy_data, tmp_path)
     with torch.no_grad():
         t.network.conv_in.weight[0, 0, 0, 0] = float("nan")
-    with pytest.raises(TrainingError, match=r"step 0: loss nan.*no checkpoint was written yet.*--lr"):
+    with pytest.raises(
+        TrainingError, match=r"step 0: loss nan.*No checkpoint was written yet.*conv_in.weight were not finite"
+    ):
         t.train()
     assert not (tmp_path / "state.pt").exists()
     trainer(config, toy_data, tmp_path).train(2)
@@ -163,7 +188,7 @@ def test_divergence(toy_config, toy_data, tmp_path):
     before = (tmp_path / "state.pt").read_bytes()
     with torch.no_grad():
         t.network.conv_in.weight.fill_(float("inf"))
-    with pytest.raises(TrainingError, match=r"step 2: .*the last good checkpoint is .*state.pt"):
+    with pytest.raises(TrainingError, match=r"step 2: .*The last good checkpoint is .*state.pt, of step 2"):
         t.train()
     assert (tmp_path / "state.pt").read_bytes() == before
 
@@ -177,9 +202,10 @@ def test_stopped_by_a_signal(toy_config, toy_data, tmp_path):
     step = t._one_step
 
     def stop_in_third():
-        step()
+        due = step()
         if t.step == 3:
             signal.raise_signal(signal.SIGTERM)
+        return due
 
     t._one_step = stop_in_third
     with pytest.raises(KeyboardInterrupt, match="stopped at step 3; the same command continues"):
@@ -189,15 +215,3 @@ def test_stopped_by_a_signal(toy_config, toy_data, tmp_path):
     assert again.step == 3
     whole = trainer(config, toy_data, tmp_path / "whole").train()
     assert torch.equal(weights(again.train()), weights(whole))
-
-
-def test_presets():
-    """Every preset is a whole description: it survives JSON, and its network can be built."""
-    import json
-
-    for config in PRESETS.values():
-        assert json.loads(json.dumps(config.to_dict()))["loss"] == config.loss
-        with torch.device("meta"):
-            fastdiff.UNet(config.network)
-        for nfe, times in config.times.items():
-            assert len(times) == nfe and list(config.schedule.check(times)) == sorted(times, reverse=True)

@@ -1,0 +1,155 @@
+"""What `sample` runs a model's network by: its program, torch.compile's, or the network itself; made once and kept."""
+
+import dataclasses
+import threading
+from collections import OrderedDict
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastdiff.compile import Compiled, program_of
+from fastdiff.compile.fits import Fingerprint, obstacle
+from fastdiff.compile.graph import CudaGraphs, Graphs
+from fastdiff.compile.program import Program
+from fastdiff.model import Model
+from fastdiff.plan import execute
+
+BATCH = 8  # at which algorithms are compared, whatever the call's: its images shall not decide what computes them
+KEPT = 4  # programs, and sets of graphs, per model
+OPERATIONS_PER_SECOND = 8e10  # of the network as it is on one core, about; decides what pays, never what is computed
+SAVED = 0.5  # of that time, by a program
+SECONDS_PER_WEIGHT = 5e-8  # to pack and measure
+SECONDS = 2.0  # to measure the rest
+
+
+@dataclasses.dataclass
+class Engine:
+    """What computes the network, and why it is that: `name` is "fast", "inductor" or "network"."""
+
+    call: Callable[..., Tensor]
+    name: str
+    why: str = ""
+    execute: Callable[..., Tensor] = execute
+
+    @property
+    def captured(self) -> bool:
+        """Whether the loop is replayed, without a call of the network from Python."""
+        return self.execute is not execute
+
+    def describe(self) -> str:
+        return f"{self.name}: {self.why}" if self.why else self.name
+
+
+class Kept:
+    """The programs made for a model, at most `KEPT`, the least recently used dropped; copies and pickles hold none."""
+
+    def __init__(self):
+        self.made: OrderedDict[Any, tuple[Any, Fingerprint]] = OrderedDict()
+        self.lock = threading.RLock()
+        self.operations: int | None = None  # of one evaluation of one image
+
+    def __deepcopy__(self, memo) -> "Kept":
+        return Kept()
+
+    def __reduce__(self):
+        return Kept, ()
+
+    def find(self, key, network) -> Any:
+        with self.lock:
+            call, fingerprint = self.made.get(key, (None, None))
+            if fingerprint is None or not fingerprint.holds(network):
+                self.made.pop(key, None)
+                return None
+            self.made.move_to_end(key)
+            return call
+
+    def get(self, key, network, make: Callable[[], Any]) -> Any:
+        """The one that is kept, or a new one; of threads that ask at once one makes it."""
+        with self.lock:
+            call = self.find(key, network)
+            if call is None:
+                self.made[key] = call, _ = make(), Fingerprint(network)
+                while len(self.made) > KEPT:
+                    self.made.popitem(last=False)
+            return call
+
+
+def kept(model: Model) -> Kept:
+    return vars(model).setdefault("_kept", Kept())
+
+
+def engine(model: Model, network: Any, dtype: torch.dtype, compile: str, evaluations: int) -> Engine:
+    """What computes `network`, the model's on its device: as `compile` says, or where that is "auto" what pays.
+
+    evaluations: images times network calls for each.
+    """
+    if isinstance(model, Compiled):
+        return _captured(model, model.original, model.device, network)
+    if compile == "off":
+        return Engine(network, "network", "compile='off'")
+    if compile == "inductor":
+        return _inductor(model, network, dtype)
+    reason = obstacle(network)
+    if reason is None and compile == "auto" and network is not model.network:
+        reason = "the model is on another device or in another type; load it there, and its program is kept"
+    if reason is None and dtype not in (torch.float32, torch.bfloat16):
+        reason = f"programs compute in float32 or bfloat16, not in {dtype}"
+    if reason is not None:
+        return Engine(network, "network", reason)
+    where = _device(network)
+    key, store = ("fast", str(where), dtype), kept(model)
+    if compile == "auto" and store.find(key, network) is None:
+        reason = _too_little(model, network, where, dtype, evaluations)
+        if reason:
+            return Engine(network, "network", reason)
+    size = model.shape[1:] if model.shape else None
+    program = store.get(key, network, lambda: program_of(network, dtype, BATCH, size))
+    return _captured(model, network, where, program)
+
+
+def _captured(model: Model, network, where: torch.device, program: Callable[..., Tensor]) -> Engine:
+    """The program, on a GPU with graphs of it."""
+    if where.type != "cuda":
+        return Engine(program, "fast")
+    graphs = kept(model).get(("graphs", id(program)), network, lambda: Graphs(CudaGraphs(where)))
+    return Engine(program, "fast", "captured", graphs.execute)
+
+
+def _device(network) -> torch.device:
+    return next(network.parameters()).device
+
+
+def _too_little(model: Model, network, where: torch.device, dtype: torch.dtype, evaluations: int) -> str:
+    """Why a program does not pay for so many evaluations; empty where it does."""
+    if where.type != "cpu":
+        return "programs on GPUs are not measured yet; compile='fast' makes one"
+    store, resolution = kept(model), network.config.resolution
+    if store.operations is None:
+        store.operations = Program(network, torch.float32, (resolution, resolution)).operations
+    speed = OPERATIONS_PER_SECOND * torch.get_num_threads() * (2 if dtype == torch.bfloat16 else 1)
+    saved = SAVED * store.operations * evaluations / speed
+    cost = SECONDS + SECONDS_PER_WEIGHT * sum(p.numel() for p in network.parameters())
+    return "" if saved > cost else f"compiling takes some {cost:.1f} s and would save {saved:.1f} s; compile='fast' does it"
+
+
+def _inductor(model: Model, network: Callable[..., Tensor], dtype: torch.dtype) -> Engine:
+    """torch.compile of the network; on CPUs its weights are frozen, without which bfloat16 is slower than uncompiled."""
+
+    def make() -> Callable[..., Tensor]:
+        compiled = torch.compile(network, fullgraph=True)
+        if not isinstance(network, torch.nn.Module) or _device(network).type != "cpu":
+            return compiled
+
+        def frozen(*args: Tensor) -> Tensor:
+            from torch._inductor import config
+
+            with config.patch(freezing=True):
+                return compiled(*args)
+
+        return frozen
+
+    if not isinstance(network, torch.nn.Module):
+        return Engine(make(), "inductor")
+    return Engine(kept(model).get(("inductor", str(_device(network)), dtype), network, make), "inductor")

@@ -1,0 +1,73 @@
+"""Program: the flat form of a network, callable as the network is."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from fastdiff.compile.conditions import Conditions
+from fastdiff.compile.lower import Lowering
+from fastdiff.compile.steps import Conv3x3, Values
+from fastdiff.unet import UNet
+
+LIBRARY = "library"  # an algorithm beside those of ops.conv3x3, see library.py
+
+
+class Program:
+    """F(x, c_noise, labels, augment_labels) of one network, in `dtype`, for images of about `size`.
+
+    x and the result are [B, C, H, W] of any floating type. It holds no buffers of its own, so that threads may call it at
+    once; it follows the weights where it shares them with the network, not where they are packed: after a change of
+    weights make a new one.
+    """
+
+    def __init__(self, network: UNet, dtype: torch.dtype, size: tuple[int, int]):
+        lowered = Lowering(network, dtype, size)
+        self.network, self.dtype, self.size = network, dtype, size
+        self.steps, self.values, self.output = lowered.steps, lowered.values, lowered.output.number
+        self.operations, self.sizes = lowered.operations, lowered.sizes
+        self.conditions = Conditions(network, lowered.conditions)
+        self.unused = self._last_uses()
+        self.factor = 2 ** (len(network.config.multipliers) - 1)
+
+    def _last_uses(self) -> list[list[int]]:
+        """The values that nothing needs after each step."""
+        last: dict[int, int] = {}
+        for i, step in enumerate(self.steps):
+            last |= {number: i for number in step.reads if number is not None}
+        last.pop(self.output, None)
+        return [[number for number, at in last.items() if at == i] for i in range(len(self.steps))]
+
+    @property
+    def convolutions(self) -> list[Conv3x3]:
+        return [step for step in self.steps if isinstance(step, Conv3x3)]
+
+    @property
+    def algorithms(self) -> dict[str, str]:
+        """Convolution -> the algorithm that computes it."""
+        return {step.name: step.algorithm for step in self.convolutions}
+
+    def tabulate(self, times: Sequence[float]) -> None:
+        """Compute what unconditional blocks get at the c_noise `times` now rather than at the first call."""
+        if self.network.label is None and next(self.network.parameters()).device.type == "cpu":
+            self.conditions(torch.tensor(times, dtype=torch.float32), None, None)
+
+    @torch.inference_mode()
+    def __call__(
+        self, x: Tensor, c_noise: Tensor, labels: Tensor | None = None, augment_labels: Tensor | None = None
+    ) -> Tensor:
+        if x.shape[-1] % self.factor or x.shape[-2] % self.factor:
+            raise ValueError(
+                f"x: {x.shape[-2]} x {x.shape[-1]} cannot be halved to the last level; use multiples of {self.factor}"
+            )
+        with torch.autocast(x.device.type, enabled=False):
+            c = self.conditions(c_noise, labels, augment_labels)
+            v: Values = [None] * self.values
+            v[0] = x.to(self.dtype).contiguous(memory_format=torch.channels_last)
+            for step, unused in zip(self.steps, self.unused, strict=True):
+                step.run(v, c)
+                for number in unused:
+                    v[number] = None
+            y = v[self.output]
+            assert y is not None
+            return y.to(x.dtype)
