@@ -7,7 +7,8 @@ import typer
 
 DATA = "Folder or zip: MNIST, CIFAR-10 as torchvision lays them out, or images, with a sub-folder for each class."
 OUT = "Folder of the run. The same command again continues a run that was stopped, and so does fastdiff resume."
-Data, Out = Annotated[Path, typer.Option(help=DATA)], Annotated[Path, typer.Option(help=OUT)]
+Data = Annotated[Path, typer.Option(help=DATA)]
+Out = Annotated[Path, typer.Option(help=OUT)]
 Images = Annotated[int | None, typer.Option(help="Training images to see, in place of the preset's number.")]
 Batch = Annotated[int | None, typer.Option(help="Images per step, all processes together.")]
 Rate = Annotated[float | None, typer.Option(help="Largest learning rate.")]
@@ -30,7 +31,7 @@ Learned = Annotated[Path | None, typer.Option(help="Of train-classifier, for --p
 
 
 def train(
-    preset: Annotated[str, typer.Option(help="mnist-ddpm, mnist-edm, cifar10-edm-ddpmpp, ...; a wrong one lists all.")],
+    preset: Annotated[str, typer.Option(help="One of those named above.")],
     data: Data,
     out: Out,
     init: Annotated[str | None, typer.Option(help="Checkpoint to start from; mnist-ect needs one of mnist-edm.")] = None,
@@ -70,6 +71,11 @@ def train(
     fastdiff train --preset mnist-ect --init runs/edm/model.safetensors --data mnist --out runs/ect
     fastdiff train --preset cats64-edm --data cats.zip --unconditional --out runs/cats
     torchrun --nproc_per_node 2 -m fastdiff train --preset cifar10-ddpm --data cifar --out runs/ddpm
+
+    Presets: mnist-ddpm, mnist-iddpm, mnist-vp, mnist-subvp, mnist-ve, mnist-edm, mnist-flow, mnist-ct, mnist-ct-perceptual,
+    mnist-ict, mnist-cd-l2, mnist-cd-huber, mnist-cd-perceptual, mnist-ect; cifar10-ddpm, cifar10-edm-ddpmpp,
+    cifar10-edm-ncsnpp, cifar10-cd-lpips, cifar10-ct-lpips, cifar10-ict, cifar10-ect, cifar10-quick-ddpm, cifar10-quick-edm,
+    cifar10-quick-ect; imagenet64-adm; cats64-ddpm, cats64-edm, cats64-ect.
 
     The folder of the run holds model.safetensors (for fastdiff sample), loss.csv, loss.png, sample grids and state.pt.
     """
