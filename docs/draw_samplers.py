@@ -22,11 +22,13 @@ import torch
 
 import fastdiff
 from fastdiff import ops, samplers, schedules
+from fastdiff.atomic import atomically
 from fastdiff.metrics.evaluation import natural_labels
-from fastdiff.model import Model, atomically
+from fastdiff.model import Model
 from fastdiff.sample import run
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "quality"))
+
 import measures
 
 HERE = Path(__file__).parent

@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image, PngImagePlugin
 from torch import Tensor
 
-from fastdiff.model import atomically
+from fastdiff.atomic import atomically
 
 KEY = "fastdiff"
 SHOWN = 512  # small grids are enlarged by a whole number until they are about this wide

@@ -4,8 +4,6 @@ import dataclasses
 import hashlib
 import json
 import os
-import socket
-import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,6 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from fastdiff import checkpoints, schedules
+from fastdiff.atomic import atomically
 from fastdiff.checkpoints import CheckpointError, Convention, files
 from fastdiff.checkpoints import to_diffusers as back
 from fastdiff.denoiser import Denoiser, Prediction
@@ -150,59 +149,6 @@ def _extra(labels: Tensor | None, augment_labels: Tensor | None) -> dict[str, Te
     return {name: value for name, value in given.items() if value is not None}
 
 
-def atomically(path: str | os.PathLike, write: Callable[[str], None]) -> None:
-    """Call write(temporary name in the same folder), then move it to `path`: a reader never sees half a file."""
-    path = Path(path)
-    if not path.parent.is_dir():
-        raise FileNotFoundError(f"{path}: the folder {path.parent} does not exist; create it first")
-    try:
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.{_here()}.", suffix=".part")
-    except OSError as error:
-        raise PermissionError(f"{path}: cannot write in {path.parent} ({error.strerror}); choose another place") from error
-    os.close(handle)
-    try:
-        write(temporary)
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o666 & ~_umask())
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
-
-
-def _here() -> str:
-    """This process: what `remove_leftovers` looks for."""
-    return f"{socket.gethostname()}.{os.getpid()}"
-
-
-def remove_leftovers(folder: str | os.PathLike) -> int:
-    """Delete what `atomically` left in a folder when its process was killed, and count it; living processes keep theirs."""
-    removed = 0
-    for path in Path(folder).glob(f".*.{socket.gethostname()}.*.part"):
-        pid = path.name.split(".")[-3]
-        if pid.isdigit() and not _alive(int(pid)):
-            path.unlink(missing_ok=True)
-            removed += 1
-    return removed
-
-
-def _alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except OSError:  # somebody else's
-        return True
-    return True
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
-
-
 def wrap(
     network: Callable[..., Tensor],
     *,
@@ -266,20 +212,7 @@ def to_diffusers(model: Model, folder: str | os.PathLike) -> None:
     """
     if not isinstance(model.network, UNet):
         raise TypeError(f"model: only a fastdiff.UNet becomes a UNet2DModel, this is a {type(model.network).__name__}")
-    config = back.config_of(model.network.config)
-    scheduler = back.scheduler_of(model.schedule, model.prediction)
-    state = back.state_of(model.network, config)
-    folder = Path(folder)
-    for part in ("unet", "scheduler"):
-        (folder / part).mkdir(parents=True)
-    save_file(state, folder / "unet" / "diffusion_pytorch_model.safetensors", metadata={"format": "pt"})
-    index = {
-        "_class_name": "DDPMPipeline",
-        "unet": ["diffusers", "UNet2DModel"],
-        "scheduler": ["diffusers", "DDPMScheduler"],
-    }
-    for name, value in (("unet/config", config), ("scheduler/scheduler_config", scheduler), ("model_index", index)):
-        (folder / f"{name}.json").write_text(json.dumps(value, indent=2))
+    back.write(model.network, model.schedule, model.prediction, Path(folder))
 
 
 def imported(network: UNet, about: checkpoints.About) -> Model:

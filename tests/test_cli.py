@@ -168,7 +168,7 @@ def test_average_refuses_models_of_different_kinds(fastdiff_command, checkpoint)
 
 def test_train_refuses_a_misspelt_preset_and_missing_data(fastdiff_command):
     assert "did you mean mnist-edm?" in fastdiff_command("train", "--preset", "mnist-emd", "--data", ".", "--out", "r")[2]
-    assert "no MNIST in" in fastdiff_command("train", "--preset", "mnist-edm", "--data", ".", "--out", "r")[2]
+    assert "no images in" in fastdiff_command("train", "--preset", "mnist-edm", "--data", ".", "--out", "r")[2]
     assert "--init" in fastdiff_command("train", "--preset", "mnist-ect", "--data", ".", "--out", "r")[2]
     assert "images: -1" in fastdiff_command("train", "--preset", "mnist-edm", "--data", ".", "--out", "r", "--images", -1)[2]
 

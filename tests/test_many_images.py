@@ -14,7 +14,8 @@ from tiny import tiny
 
 import fastdiff
 from fastdiff import cli
-from fastdiff.model import Model, atomically, remove_leftovers
+from fastdiff.atomic import atomically, remove_leftovers
+from fastdiff.model import Model
 
 N = 40
 
@@ -108,7 +109,7 @@ def test_leftovers(tmp_path, checkpoint, whole, monkeypatch):
     out.mkdir()
     half = f"""
 import os, signal
-from fastdiff.model import atomically
+from fastdiff.atomic import atomically
 def write(path):
     open(path, "wb").write(b"half")
     os.kill(os.getpid(), signal.SIGKILL)

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 
 import fastdiff
 from fastdiff import CheckpointError, Model, Prediction, UNet, UNetConfig
-from fastdiff.model import atomically
+from fastdiff.atomic import atomically
 from fastdiff.schedules import DDPM, EDM, VP
 
 CONFIG = UNetConfig(

@@ -51,26 +51,28 @@ Result composed(const Tensor& x, const Tensor& weight, const std::optional<Tenso
 }
 
 Winograd winograd_of(const std::string& algorithm, const Tensor& x) {
-  if (algorithm == "winograd4") {
-    STD_TORCH_CHECK(x.scalar_type() != ScalarType::Double, "algorithm: winograd4 sums in float32, x is float64; use direct");
-    return Winograd::f4;
+  if (algorithm == "winograd4" || algorithm == "winograd4_lean") {
+    STD_TORCH_CHECK(x.scalar_type() != ScalarType::Double, "algorithm: ", algorithm, " sums in float32, x is float64; use direct");
+    return algorithm == "winograd4" ? Winograd::f4 : Winograd::f4_lean;
   }
-  STD_TORCH_CHECK(algorithm == "winograd2", "algorithm: ", algorithm, " is not known; use direct, winograd4 or winograd2");
+  STD_TORCH_CHECK(algorithm == "winograd2", "algorithm: ", algorithm,
+                  " is not known; use direct, winograd4, winograd4_lean or winograd2");
   STD_TORCH_CHECK(x.scalar_type() == ScalarType::BFloat16, "algorithm: winograd2 takes bfloat16 alone; use winograd4 or direct");
   STD_TORCH_CHECK(isa.load() == 3, "algorithm: winograd2 needs AVX512-BF16, the instruction set in use is ",
                   kIsaNames[isa.load()], "; use winograd4 or direct");
   return Winograd::f2;
 }
 
-// [points, I, O], I and O rounded up, in the order that the kernel reads.
-void check_packed(const std::optional<Tensor>& packed, Winograd algorithm, int64_t inputs, int64_t outputs) {
+// [values of a filter, I, O], I and O rounded up, in the order that the kernel reads.
+void check_packed(const std::optional<Tensor>& packed, const std::string& name, Winograd algorithm, int64_t inputs,
+                  int64_t outputs) {
   STD_TORCH_CHECK(packed, "packed: needed by Winograd's algorithms; conv3x3_pack(weight, algorithm) makes it");
   check_cpu(*packed, "packed");
-  const bool four = algorithm == Winograd::f4;
-  const int64_t expected[] = {four ? 36 : 16, four ? inputs : (inputs + 1) / 2 * 2, (outputs + kUnit - 1) / kUnit * kUnit};
+  const bool four = algorithm != Winograd::f2;
+  const int64_t expected[] = {four ? algorithm == Winograd::f4 ? 36 : 9 : 16, four ? inputs : (inputs + 1) / 2 * 2, (outputs + kUnit - 1) / kUnit * kUnit};
   bool fits = packed->dim() == 3 && packed->scalar_type() == (four ? ScalarType::Float : ScalarType::BFloat16);
   for (int64_t i = 0; fits && i < 3; ++i) fits = packed->size(i) == expected[i];
-  STD_TORCH_CHECK(fits && packed->is_contiguous(), "packed: is not this weight's by ", four ? "winograd4" : "winograd2",
+  STD_TORCH_CHECK(fits && packed->is_contiguous(), "packed: is not this weight's by ", name,
                   ", which is contiguous ", four ? "float32 [" : "bfloat16 [", expected[0], ", ", expected[1], ", ",
                   expected[2], "]; pack it again");
 }
@@ -95,7 +97,7 @@ Result conv3x3_cpu(const Tensor& x_, const Tensor& weight, std::optional<Tensor>
   a.stats_groups = stats_groups;
   STD_TORCH_CHECK(stats_groups >= 0 && (stats_groups == 0 || a.o % stats_groups == 0), "stats_groups: ", stats_groups,
                   " does not divide the ", a.o, " channels of y");
-  check_packed(packed, winograd, g.c, a.o);
+  check_packed(packed, algorithm, winograd, g.c, a.o);
   a.packed = packed->data_ptr();
 
   const auto f32 = ScalarType::Float;

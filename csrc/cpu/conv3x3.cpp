@@ -38,8 +38,9 @@ char* kept_memory(int which, int64_t bytes) {
 #include "cpu/conv3x3_product.h"
 #include "cpu/conv3x3_transforms.h"
 
-constexpr int64_t kSlab = 32;       // tiles of a slab: V and one block's products share L2
-constexpr int64_t kVectorsIn = 2;     // vectors of channels that the input transform takes at once
+constexpr int64_t kLine = 16;      // floats of a cache line
+constexpr int64_t kSlab = 64;      // tiles of a slab, at least a row of them: V stays in L2 or near it
+constexpr int64_t kVectorsIn = 2;  // vectors of channels that the input transform takes at once
 constexpr int64_t kChannels = kVectorsIn * W;
 
 FD_INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
@@ -54,6 +55,7 @@ template <class T_, class Scheme_, class Op_> struct Winning {
   static constexpr int kIn = Scheme::kIn, kOut = Scheme::kOut, kPoints = kIn * kIn;
 
   const Conv3x3& a;
+  const bool lean;                // packed weights are the filters themselves
   const int64_t rows, cols;       // tiles of an image
   const int64_t width, words;     // stored channels of a tile in V; words that are summed
   int64_t slab_rows, images;      // of a slab: rows of tiles, of how many images (1 where an image has several slabs)
@@ -63,8 +65,8 @@ template <class T_, class Scheme_, class Op_> struct Winning {
   int64_t wide_o;
   Stored* v = nullptr;
 
-  explicit Winning(const Conv3x3& a_)
-      : a(a_), rows(parts(a.h, kOut)), cols(parts(a.w, kOut)), width(parts(a.norm.c, 16) * 16),
+  explicit Winning(const Conv3x3& a_, bool lean_ = false)
+      : a(a_), lean(lean_), rows(parts(a.h, kOut)), cols(parts(a.w, kOut)), width(parts(a.norm.c, 16) * 16),
         words(parts(a.norm.c, Op::step)), wide_o(parts(a.o, kUnit) * kUnit) {
     const int64_t fit = most(1, kSlab / cols);
     images = rows >= fit ? 1 : least(fit / rows, a.norm.n);
@@ -159,25 +161,70 @@ template <class T_, class Scheme_, class Op_> struct Winning {
 
   // ---- products
 
+  // One point's m [tiles, block] += V [tiles, depth] u [depth, block], from word k on; fetches `size` floats from `ahead` on.
+  void product(int p, int64_t tile, int64_t tiles, const float* u, int64_t block, int64_t k, int64_t depth, float* m,
+               const float* ahead, int64_t size) const {
+    const int64_t runs = parts(tiles, Op::kRows), row = width / Op::step, calls = runs * parts(block, Op::kVectors * W);
+    const auto* from = reinterpret_cast<const float*>(v + p * plane + tile * width) + k;
+    int64_t call = 0;
+    const int64_t want = parts(size, calls * depth), stride = least(want, kLine);
+    for (int64_t o = 0; o < block; o += Op::kVectors * W) {
+      const int vectors = static_cast<int>(least(Op::kVectors, (block - o) / W));
+      for (int64_t i = 0; i < runs; ++i, ++call) {
+        const int64_t t = i * tiles / runs, count = (i + 1) * tiles / runs - t;
+        multiply_of<Op>(static_cast<int>(count), vectors)(from + t * row, row, u + o, block, depth, m + t * block + o, block,
+                                                          k > 0, ahead + call * depth * stride, stride);
+      }
+    }
+  }
+
+  static constexpr int64_t u_plane(int64_t depth, int64_t block) { return depth * block + 32; }  // no two in one cache set
+
+  // u [kIn, depth, block]: the filters' values at one row of points, from `taps` [depth, 9, block].
+  template <int point> void filters(const float* taps, int64_t depth, int64_t block, float* u) const {
+    for (int64_t k = 0; k < depth; ++k, taps += 9 * block, u += block)
+      for (int64_t o = 0; o < block; o += W) {
+        vf g[3], r[kIn];
+        each<3>([&](int j) __attribute__((always_inline)) {
+          const auto tap = [&](int i) __attribute__((always_inline)) { return load(taps + (3 * i + j) * block + o); };
+          g[j] = Scheme::template filter_at<point>(tap(0), tap(1), tap(2));
+        });
+        Scheme::filter(g[0], g[1], g[2], r);
+        each<kIn>([&](int q) __attribute__((always_inline)) { store(u + q * u_plane(depth, block) + o, r[q]); });
+      }
+  }
+
   // m [kPoints, tiles, block] = V of `tiles` tiles from number `tile` on, times a block of weights.
-  void products(int64_t tile, int64_t tiles, int64_t first_o, int64_t block, float* m, int64_t m_plane) const {
-    const float* u = static_cast<const float*>(a.packed) + kPoints * words * first_o;
-    const int64_t runs = parts(tiles, kMaxRows), row = width / Op::step;
-    for (int p = 0; p < kPoints; ++p, u += words * block)
+  void products(int64_t tile, int64_t tiles, int64_t first_o, int64_t block, float* m, int64_t m_plane, float* u) const {
+    if (lean) return products_of_filters(tile, tiles, first_o, block, m, m_plane, u);
+    const float* panel = static_cast<const float*>(a.packed) + kPoints * words * first_o;
+    for (int p = 0; p < kPoints; ++p)
       for (int64_t k = 0; k < words; k += kDepth) {
         const int64_t depth = least(kDepth, words - k);
-        const auto* from = reinterpret_cast<const float*>(v + p * plane + tile * width) + k;
-        const float* panel = u + k * block;
-        for (int64_t o = 0; o < block; o += kMaxVectors * W) {
-          const int vectors = static_cast<int>(least(kMaxVectors, (block - o) / W));
-          for (int64_t i = 0; i < runs; ++i) {
-            const int64_t t = i * tiles / runs, count = (i + 1) * tiles / runs - t;
-            const float* ahead = panel + (i < 4 ? depth * block : 0) + depth * 16 * i;  // four runs fetch the next panel
-            multiply_of<Op>(static_cast<int>(count), vectors)(from + t * row, row, panel + o, block, depth,
-                                                              m + p * m_plane + t * block + o, block, k > 0, ahead);
-          }
-        }
+        product(p, tile, tiles, panel, block, k, depth, m + p * m_plane, panel + depth * block, depth * block);
+        panel += depth * block;
       }
+  }
+
+  // The same from the filters, evaluated a row of points at a time into u.
+  void products_of_filters(int64_t tile, int64_t tiles, int64_t first_o, int64_t block, float* m, int64_t m_plane,
+                           float* u) const {
+    if constexpr (std::is_same_v<Scheme, Four>) {
+      const float* taps = static_cast<const float*>(a.packed) + 9 * words * first_o;
+      for (int64_t k = 0; k < words; k += kFilterDepth, taps += 9 * kFilterDepth * block) {
+        const int64_t depth = least(kFilterDepth, words - k), share = 9 * depth * block / kPoints;
+        const auto row = [&](auto point) {
+          constexpr int p = decltype(point)::value;
+          filters<p>(taps, depth, block, u);
+          for (int i = p * kIn; i < (p + 1) * kIn; ++i)
+            product(i, tile, tiles, u + i % kIn * u_plane(depth, block), block, k, depth, m + i * m_plane,
+                    taps + 9 * depth * block + share * i, share);
+        };
+        [&]<int... p>(std::integer_sequence<int, p...>) {
+          (row(std::integral_constant<int, p>{}), ...);
+        }(std::make_integer_sequence<int, kIn>{});
+      }
+    }
   }
 
   // ---- and back
@@ -247,8 +294,8 @@ template <class T_, class Scheme_, class Op_> struct Winning {
   // Output channels first_o ... of the tile rows [begin, end) of the slab that starts at row `first`.
   void out_of(int64_t first, int64_t begin, int64_t end, int64_t first_o) const {
     const int64_t block = least(kBlock, wide_o - first_o), tiles = (end - begin) * cols, m_plane = tiles * block + 32;
-    float* m = reinterpret_cast<float*>(kept_memory(1, kPoints * m_plane * 4));
-    products(begin * cols, tiles, first_o, block, m, m_plane);
+    float* m = reinterpret_cast<float*>(kept_memory(1, (kPoints * m_plane + (lean ? kIn * u_plane(kFilterDepth, kBlock) : 0)) * 4));
+    products(begin * cols, tiles, first_o, block, m, m_plane, m + kPoints * m_plane);
     for (int64_t row = begin; row < end; ++row)
       for (int64_t o = 0; o < block; o += W)
         row_out((first + row) / rows, (first + row) % rows, first_o + o, m + (row - begin) * cols * block + o, m_plane, block);
@@ -360,7 +407,7 @@ template <class T> void run_winograd(const Conv3x3& a, Winograd algorithm) {
 #if FASTDIFF_LEVEL >= 3
     if (algorithm == Winograd::f2) return Winning<T, Two, Pairs>(a).run();
 #endif
-    if (algorithm == Winograd::f4) Winning<T, Four, Floats>(a).run();
+    if (algorithm != Winograd::f2) Winning<T, Four, Floats>(a, algorithm == Winograd::f4_lean).run();
   }
 }
 

@@ -3,7 +3,8 @@
 
 namespace fastdiff {
 
-enum class Winograd { f4, f2 };  // float32 F(4x4, 3x3), bfloat16 F(2x2, 3x3)
+// float32 F(4x4, 3x3) with transformed weights, or with the filters themselves; bfloat16 F(2x2, 3x3).
+enum class Winograd { f4, f4_lean, f2 };
 
 // Channels-last throughout: x, y and residual have channels next to each other and pixels x.s, y.s, residual.s apart.
 // Parameters are float, null where absent. Packed weights: fastdiff/ops/conv3x3.py says how.

@@ -1,10 +1,12 @@
 // Winograd's transforms in one dimension: of kIn pixels, and to kOut results. Include inside a kernel file, after simd.h.
-// The weights' transform G is in fastdiff/ops/conv3x3.py and must have the same points.
+// fastdiff/ops/conv3x3.py packs weights at the same points.
 
-// F(4, 3) at the points 0, +-a, +-b, infinity: an even and an odd part serve both signs.
+// F(4, 3) at the points 0, +-a, +-b, infinity: an even and an odd part serve both signs. The filter is evaluated there as it
+// is; what that lacks of G, 1 / prod_j (p_i - p_j), is in the last transform's constants, where it costs nothing.
 struct Four {
   static constexpr int kOut = 4, kIn = 6;
   static constexpr float a = 0.70710678118654752f, b = 1.41421356237309505f, aa = 0.5f, bb = 2.0f;
+  static constexpr float of_a = static_cast<float>(-2.0 / 3), of_b = static_cast<float>(1.0 / 6);  // 1 / (2 aa (aa - bb)), ...
   static FD_INLINE void input(const vf* d, vf* r) {
     const vf even_a = fma(splat<vf>(-bb), d[2], d[4]), odd_a = fma(splat<vf>(-bb), d[1], d[3]);
     const vf even_b = fma(splat<vf>(-aa), d[2], d[4]), odd_b = fma(splat<vf>(-aa), d[1], d[3]);
@@ -15,21 +17,34 @@ struct Four {
   }
   static FD_INLINE void output(const vf* m, vf* y) {
     const vf even_a = m[1] + m[2], odd_a = m[1] - m[2], even_b = m[3] + m[4], odd_b = m[3] - m[4];
-    y[0] = m[0] + (even_a + even_b);
-    y[1] = fma(splat<vf>(b), odd_b, splat<vf>(a) * odd_a);
-    y[2] = fma(splat<vf>(bb), even_b, splat<vf>(aa) * even_a);
-    y[3] = fma(splat<vf>(bb * b), odd_b, fma(splat<vf>(aa * a), odd_a, m[5]));
+    y[0] = fma(splat<vf>(of_a), even_a, fma(splat<vf>(of_b), even_b, m[0]));
+    y[1] = fma(splat<vf>(b * of_b), odd_b, splat<vf>(a * of_a) * odd_a);
+    y[2] = fma(splat<vf>(bb * of_b), even_b, splat<vf>(aa * of_a) * even_a);
+    y[3] = fma(splat<vf>(bb * b * of_b), odd_b, fma(splat<vf>(aa * a * of_a), odd_a, m[5]));
+  }
+  // Values of the filter g0 + g1 p + g2 p^2 at point number `point`, then at all.
+  template <int point> static FD_INLINE vf filter_at(vf g0, vf g1, vf g2) {
+    constexpr float p[] = {0, a, -a, b, -b}, pp[] = {0, aa, aa, bb, bb};
+    if constexpr (point == 0) return g0;
+    else if constexpr (point == 5) return g2;
+    else return fma(splat<vf>(p[point]), g1, fma(splat<vf>(pp[point]), g2, g0));
+  }
+  static FD_INLINE void filter(vf g0, vf g1, vf g2, vf* u) {
+    const vf at_a = fma(splat<vf>(aa), g2, g0), at_b = fma(splat<vf>(bb), g2, g0);
+    u[0] = g0, u[5] = g2;
+    u[1] = fma(splat<vf>(a), g1, at_a), u[2] = fma(splat<vf>(-a), g1, at_a);
+    u[3] = fma(splat<vf>(b), g1, at_b), u[4] = fma(splat<vf>(-b), g1, at_b);
   }
 };
 
-// F(2, 3) at 0, +-1, infinity.
+// F(2, 3) at 0, +-1, infinity, in the same manner.
 struct Two {
   static constexpr int kOut = 2, kIn = 4;
   static FD_INLINE void input(const vf* d, vf* r) {
-    r[0] = d[2] - d[0], r[1] = d[1] + d[2], r[2] = d[2] - d[1], r[3] = d[3] - d[1];
+    r[0] = d[0] - d[2], r[1] = d[1] + d[2], r[2] = d[2] - d[1], r[3] = d[3] - d[1];
   }
   static FD_INLINE void output(const vf* m, vf* y) {
-    y[0] = m[0] + (m[1] + m[2]);
-    y[1] = (m[1] - m[2]) + m[3];
+    y[0] = fma(splat<vf>(0.5f), m[1] + m[2], m[0]);
+    y[1] = fma(splat<vf>(0.5f), m[1] - m[2], m[3]);
   }
 };

@@ -10,10 +10,11 @@ from torch.nn.modules.dropout import _DropoutNd
 from fastdiff import ops
 from fastdiff.accelerate.derived import cacheable, derived
 from fastdiff.accelerate.swap import Fast, plain
+from fastdiff.ops._register import functorch_active
 
-_served = getattr(ops, "conv3x3_algorithms", lambda dtype: ("direct",))(torch.float32)
-WINOGRAD = "winograd4" if "winograd4" in _served else None
-PIXELS = 64  # smallest image for packed convolutions: below, reading the packed weights takes longer than it saves
+WINOGRAD = "winograd4"
+# Below so many pixels in the batch, or input channels, reading the packed weights takes longer than it saves.
+PIXELS, CHANNELS = 64, 16
 
 
 def _float32_norm(x: Tensor) -> bool:
@@ -67,29 +68,32 @@ def as_norm(norm: nn.GroupNorm, **given) -> ops.Norm:
     return ops.Norm(norm.weight, norm.bias, norm.num_groups, norm.eps, **given)
 
 
+def has_packed() -> bool:
+    """Packed weights are served here: the native code was built."""
+    return WINOGRAD in ops.conv3x3_algorithms(torch.float32)
+
+
 def eager_inference(x: Tensor) -> bool:
     """Eager float32 inference on a CPU, where parameters may be prepared once and kept."""
-    if torch.compiler.is_compiling() or torch.is_grad_enabled() or type(x) is not Tensor:
+    if torch.compiler.is_compiling() or torch.is_grad_enabled() or type(x) is not Tensor or functorch_active():
         return False
     return x.device.type == "cpu" and x.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
 
 
 def packs(layer: object, x: Tensor) -> bool:
-    """`layer` is a convolution that packed weights serve for x."""
-    if WINOGRAD is None or not isinstance(layer, Conv2d) or not eager_inference(x):
+    """`layer` is a convolution that packed weights serve for images of x's size."""
+    if not isinstance(layer, Conv2d) or not eager_inference(x):
         return False
-    fits = x.dim() == 4 and x.shape[2] * x.shape[3] >= PIXELS and x.numel() > 0
+    fits = x.dim() == 4 and layer.in_channels >= CHANNELS and x.numel() >= PIXELS * x.shape[1]
     return fits and layer.weight.dtype == x.dtype and cacheable(layer.weight)
 
 
 def _pack(weight: Tensor) -> Tensor:
-    assert WINOGRAD is not None
     return ops.conv3x3_pack(weight, WINOGRAD)
 
 
 def conv3x3(layer: nn.Conv2d, x: Tensor, add: Tensor | None = None, **given) -> tuple[Tensor, Tensor | None]:
     """layer(x) + add [N, O], and its statistics; given: `norm`, `residual`, ... of `ops.conv3x3`. Where `packs` is true."""
-    assert WINOGRAD is not None
     if not layer.weight.is_contiguous():  # PyTorch's convolution too lets the weights decide
         x = x.contiguous(memory_format=torch.channels_last)
     bias = layer.bias if add is None else add if layer.bias is None else layer.bias + add

@@ -113,8 +113,8 @@ class _Found:
                 self._consider(layer, _why_not_norm(layer), layers.GroupNorm, "group_norm")
 
     def convolutions(self) -> None:
-        for layer in self.names:
-            if isinstance(layer, nn.Conv2d) and layers.WINOGRAD:
+        for layer in self.names if layers.has_packed() else ():
+            if isinstance(layer, nn.Conv2d):
                 self._consider(layer, _why_not_convolution(layer), layers.Conv2d, "conv3x3")
 
     def owners(self) -> None:
@@ -189,6 +189,8 @@ def _why_not_convolution(layer: nn.Conv2d) -> str:
     usual = layer.stride == layer.dilation == (1, 1) and layer.padding in ((1, 1), "same") and layer.groups == 1
     if not usual or layer.padding_mode != "zeros":
         return "it is strided, dilated, grouped or padded with other than one zero"
+    if layer.in_channels < layers.CHANNELS:
+        return f"it has fewer than {layers.CHANNELS} input channels, too few for packed weights to pay"
     return _why_not_parameters(layer)
 
 

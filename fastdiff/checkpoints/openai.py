@@ -99,7 +99,7 @@ def read(state: Mapping[str, Any], class_name: str | None, config: dict[str, Any
     config = dict(config)
     name = config.pop("preset", None)
     require(name is None or name in PRESETS, f"config: preset {name!r} is not known; use one of {', '.join(PRESETS)}")
-    given = (PRESETS[name] if name else {}) | config
+    given = ({"use_new_attention_order": False} | PRESETS[name] if name else {}) | config
     use = options({k: v for k, v in given.items() if k in USE}, USE, "UNetModel")
     arguments = {k: v for k, v in given.items() if k not in USE}
     if "model_channels" not in arguments:

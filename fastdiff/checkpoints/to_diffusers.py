@@ -1,7 +1,10 @@
 """The way back: our network as diffusers' UNet2DModel, names and arguments."""
 
+import json
+from pathlib import Path
 from typing import Any
 
+from safetensors.torch import save_file
 from torch import Tensor
 
 from fastdiff.checkpoints import diffusers
@@ -84,3 +87,19 @@ def scheduler_of(schedule: Schedule, prediction: Prediction) -> dict[str, Any]:
         "prediction_type": kinds[prediction.kind],
         "variance_type": "learned_range" if prediction.learned_variance else "fixed_small",
     }
+
+
+def write(network: UNet, schedule: Schedule, prediction: Prediction, folder: Path) -> None:
+    """The folder of a DDPMPipeline: the network, its scheduler, and which they are."""
+    config, scheduler = config_of(network.config), scheduler_of(schedule, prediction)
+    state = state_of(network, config)
+    for part in ("unet", "scheduler"):
+        (folder / part).mkdir(parents=True)
+    save_file(state, folder / "unet" / "diffusion_pytorch_model.safetensors", metadata={"format": "pt"})
+    index = {
+        "_class_name": "DDPMPipeline",
+        "unet": ["diffusers", "UNet2DModel"],
+        "scheduler": ["diffusers", "DDPMScheduler"],
+    }
+    for name, value in (("unet/config", config), ("scheduler/scheduler_config", scheduler), ("model_index", index)):
+        (folder / f"{name}.json").write_text(json.dumps(value, indent=2))

@@ -5,14 +5,16 @@ import datetime
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import typer
 
+from fastdiff.atomic import atomically
 from fastdiff.commands.sample_command import DTYPES, check_folder, parse_options
 from fastdiff.info import versions
 from fastdiff.metrics import Reference, evaluate, load_classifier, packaged_classifier, table
 from fastdiff.metrics.classifier import COMMAND
-from fastdiff.model import Model, atomically, load
+from fastdiff.model import Model, load
 from fastdiff.training import load_images
 
 
@@ -45,15 +47,18 @@ def run(
                 f"data: its images are {images.shape}, {name} makes {tuple(model.shape)}; give the model's data set"
             )
     reference = Reference.of(images.images, images.labels, judge)
-    typer.echo(f"judge: {judge.name}; reference: {len(images):,} images of {images.about.get('name', data)}, a half each for "
-               f"reference and floor. FD is no FID.")  # fmt: skip
+    name = images.about.get("name", data)
+    typer.echo(
+        f"judge: {judge.name}; data: {len(images):,} images of {name}, a half each for reference and floor. FD is no FID."
+    )
+    rows: list[dict[str, Any]] = []
     record = {
         "classifier": judge.info | {"name": judge.name, "accuracy_here": reference.accuracy},
         "data": images.about | {"images": len(images), "fingerprint": images.fingerprint},
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "versions": versions(),
         "threads": os.environ.get("OMP_NUM_THREADS", os.cpu_count()),
-        "rows": [],
+        "rows": rows,
     }
     for name, model in loaded:
         for k in counts:
@@ -70,13 +75,19 @@ def run(
                 **parse_options(option or []),
             )
             lines = table([(Path(name).stem, row)]).splitlines()
-            typer.echo("\n".join(lines if not record["rows"] else lines[1:]))
-            record["rows"].append({"model": name, "hash": model.hash(), "dtype": dtype} | dataclasses.asdict(row))
+            typer.echo("\n".join(lines if not rows else lines[1:]))
+            rows.append({"model": name, "hash": model.hash(), "dtype": dtype} | dataclasses.asdict(row))
             if out is not None:
-                text = json.dumps(record, indent=1) + "\n"
-                atomically(out, lambda temporary, text=text: Path(temporary).write_text(text) and None)
+                _write(out, record)
     if out is not None:
         typer.echo(f"wrote {out}")
+
+
+def _write(out: Path, record: dict[str, Any]) -> None:
+    def put(temporary: str) -> None:
+        Path(temporary).write_text(json.dumps(record, indent=1) + "\n")
+
+    atomically(out, put)
 
 
 def parse_nfe(text: str) -> list[int]:
@@ -94,6 +105,6 @@ def judge_of(classifier: Path | None, loaded: list[tuple[str, Model]]) -> Path:
     packaged = packaged_classifier(loaded[0][1].shape)
     if packaged is None:
         raise ValueError(
-            f"classifier: none is packaged for images {loaded[0][1].shape}; make one with {COMMAND} and give it as --classifier"
+            f"classifier: none is packaged for images {loaded[0][1].shape}; make one with {COMMAND} and give --classifier"
         )
     return packaged

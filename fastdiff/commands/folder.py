@@ -9,8 +9,9 @@ from typing import Any
 import torch
 import typer
 
+from fastdiff.atomic import atomically, remove_leftovers
 from fastdiff.images import save_image
-from fastdiff.model import Model, atomically, remove_leftovers
+from fastdiff.model import Model
 from fastdiff.sample import run
 
 REQUEST = "request.json"

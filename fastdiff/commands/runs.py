@@ -12,11 +12,12 @@ import torch
 import typer
 
 import fastdiff
+from fastdiff.atomic import atomically
 from fastdiff.commands.average_command import chain
 from fastdiff.metrics import load_classifier, packaged_classifier
 from fastdiff.metrics.classifier import COMMAND
-from fastdiff.model import Model, atomically, load
-from fastdiff.training import ImageData, TrainConfig, Trainer, checks, load_images
+from fastdiff.model import Model, load
+from fastdiff.training import ImageData, TrainConfig, Trainer, checks, load_images, perceptual
 from fastdiff.training.distributed import joined
 from fastdiff.training.losses.distances import PERCEPTUAL
 
@@ -84,22 +85,28 @@ def execute(request: Request) -> None:
         showing = dict(request.showing)
         if showing.get("fd_every"):
             showing["judge"] = load_classifier(request.judge or _judge(images), device)
+        distance = _perceptual(request, images, device)
         trainer = Trainer(
             config,
             images,
             request.out,
             init=init,
             teacher=teacher,
-            perceptual=_perceptual(request, images, device),
+            perceptual=distance,
             device=device,
             group=group,
-            info=_provenance(request, images, init, teacher),
+            info=_provenance(request, images, init, teacher) | ({} if distance is None else {"perceptual": distance.name}),
             **showing,
         )
         if group.leads:
             request.save()
             _announce(trainer, request)
-        trainer.train()
+        try:
+            trainer.train()
+        except KeyboardInterrupt as stop:  # the command line's library would leave its words out
+            if group.leads:
+                typer.echo(f"fastdiff: {stop}", err=True)
+            raise typer.Exit(130) from stop
         if group.leads:
             typer.echo(
                 f"wrote {request.out / 'model.safetensors'}; try: fastdiff sample {request.out / 'model.safetensors'}"
@@ -136,13 +143,11 @@ def _judge(images: ImageData) -> Path:
     return packaged
 
 
-def _perceptual(request: Request, images: ImageData, device: torch.device):
+def _perceptual(request: Request, images: ImageData, device: torch.device) -> perceptual.Perceptual | None:
     """The distance that the loss names; None where it names none."""
     metric = request.config.options.get("metric")
     if metric not in PERCEPTUAL:
         return None
-    from fastdiff.training import perceptual
-
     if metric == "classifier":
         return perceptual.load(metric, request.perceptual_classifier or _judge(images), device=device)
     return perceptual.load(metric, request.lpips_weights, device=device)

@@ -41,6 +41,7 @@ class LibraryConvolution:
         return y if out_scale == 1 else y.mul_(out_scale)
 
     def _one(self, x: Tensor, bias: Tensor, residual: Tensor | None) -> Tensor:
+        """One image, bias [O]."""
         call = torch.ops.mkldnn._convolution_pointwise
         geometry = (self.padding, self.stride, [1, 1], 1)
         if residual is None:

@@ -10,7 +10,7 @@ from fastdiff.compile.lower import Lowering
 from fastdiff.compile.steps import Conv3x3, Values
 from fastdiff.unet import UNet
 
-LIBRARY = "library"  # an algorithm beside those of ops.conv3x3
+LIBRARY = "library"  # an algorithm beside those of ops.conv3x3, see library.py
 
 
 class Program:

@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 
 from fastdiff import checkpoints, ops
+from fastdiff.atomic import atomically
 from fastdiff.checkpoints.stored import DTYPES, safetensors
 from fastdiff.compile import Compiled, program_of
 from fastdiff.compile.fits import obstacle
-from fastdiff.compile.program import LIBRARY
-from fastdiff.model import READERS, Model, atomically
+from fastdiff.model import READERS, Model
 from fastdiff.request import QUALITIES, check_quality
 from fastdiff.unet import UNetConfig
 from fastdiff.version import __version__
@@ -37,7 +37,7 @@ def machine() -> dict[str, str]:
 def save(model: Compiled, path: str | os.PathLike) -> None:
     """Write the file, all of it or nothing."""
     program = model.program
-    packed = {PACKED + s.name: s.packed for s in program.convolutions if s.packed is not None and s.algorithm != LIBRARY}
+    packed = {PACKED + s.name: s.packed for s in program.convolutions if s.packed is not None}
     about = {
         "quality": model.quality,
         "size": program.size,

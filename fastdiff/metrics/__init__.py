@@ -1,4 +1,4 @@
-"""Measuring: a classifier's features, the Frechet distance in them, label agreement, and what a number of evaluations costs."""
+"""Measuring: a classifier's features, the Frechet distance in them, label agreement, and what evaluations cost."""
 
 from fastdiff.metrics.classifier import Classifier, load_classifier, packaged_classifier
 from fastdiff.metrics.evaluation import Reference, Row, evaluate, table

@@ -1,9 +1,10 @@
-"""Small classifiers: their logits say what an image shows, their penultimate layer gives the features of the Frechet distance.
+"""Small classifiers: logits say what an image shows, the penultimate layer gives the features of the Frechet distance.
 
 `fastdiff train-classifier` trains one on any labelled data set, and on an unlabelled one by telling quarter turns apart.
 The one for MNIST is packaged.
 """
 
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from fastdiff.model import atomically
+from fastdiff.atomic import atomically
 
 ASSETS = Path(__file__).parents[1] / "assets" / "classifiers"
 KEY = "fastdiff-classifier"
@@ -74,7 +75,7 @@ class ResNet(nn.Module):
         sizes = (32, 32, 64, self.width)
         self.conv = nn.Conv2d(channels, sizes[0], 3, 1, 1, bias=False)
         self.norm = nn.BatchNorm2d(sizes[0])
-        self.blocks = nn.ModuleList(Residual(a, b, 1 if a == b else 2) for a, b in zip(sizes, sizes[1:], strict=False))
+        self.blocks = nn.ModuleList(Residual(a, b, 1 if a == b else 2) for a, b in itertools.pairwise(sizes))
         self.last = Residual(self.width, self.width, 2)
         self.fc = nn.Linear(self.width, classes)
 

@@ -166,7 +166,7 @@ def table(rows: Sequence[tuple[str, Row]]) -> str:
         agreement = "-" if r.agreement is None else f"{r.agreement:.2%}"
         ratio = r.fd / r.floor if r.floor > 0 else math.inf
         lines.append(
-            f"{name:<{wide}}  {r.sampler:<{plan}}{r.nfe:>5}{r.n:>8,}{r.fd:>10.3f}{r.floor:>9.3f}{ratio:>10.2f}{agreement:>11}"
-            f"{r.images_per_second:>11.1f}"
+            f"{name:<{wide}}  {r.sampler:<{plan}}{r.nfe:>5}{r.n:>8,}{r.fd:>10.3f}{r.floor:>9.3f}{ratio:>10.2f}"
+            f"{agreement:>11}{r.images_per_second:>11.1f}"
         )
     return "\n".join(lines)

@@ -8,7 +8,6 @@
 h is 0 outside the image: the padding follows the norm. h is rounded to x's dtype, sums are float32 or better.
 """
 
-import math
 from typing import NamedTuple
 
 import torch
@@ -22,7 +21,7 @@ from fastdiff.ops.group_norm_silu import _save as norm_save
 from fastdiff.ops.group_norm_silu import group_norm_silu, statistics
 from fastdiff.ops.group_norm_silu import reference as norm_reference
 
-ALGORITHMS = ("direct", "winograd4", "winograd2")
+ALGORITHMS = ("direct", "winograd4", "winograd4_lean", "winograd2")
 
 
 class Norm(NamedTuple):
@@ -117,43 +116,47 @@ _register.define(
 _register.compose("conv3x3", _with(_served_norm))
 
 
-# Winograd's F(m, 3): result = A^T [(G g) (B^T d)] with m + 1 finite points and infinity. The kernels' B and A have these.
-POINTS = {"winograd4": (0.0, 0.5**0.5, -(0.5**0.5), 2**0.5, -(2**0.5)), "winograd2": (0.0, 1.0, -1.0)}
-OPERAND = {"winograd4": torch.float32, "winograd2": torch.bfloat16}
+# Winograd's F(m, 3): result = A^T [(G g) (B^T d)], by m + 1 finite points and infinity. csrc/cpu has A and B of the same.
+_FOUR = (0.0, 0.5**0.5, -(0.5**0.5), 2**0.5, -(2**0.5))
+POINTS = {"winograd4": _FOUR, "winograd4_lean": _FOUR, "winograd2": (0.0, 1.0, -1.0)}
+OPERAND = {"winograd4": torch.float32, "winograd4_lean": torch.float32, "winograd2": torch.bfloat16}
 BLOCK, UNIT = 64, 16  # output channels of a block of packed weights, and what the last one is a multiple of
 
 
-def weight_transform(points: tuple[float, ...]) -> torch.Tensor:
-    """G [m + 2, 3]: values of the filter, a polynomial, at the points over prod_j (p_i - p_j); its last coefficient."""
-    rows = [[p**k / math.prod(p - q for q in points if q != p) for k in range(3)] for p in points]
-    return torch.tensor([*rows, [0.0, 0.0, 1.0]], dtype=torch.float64)
+def at_points(points: tuple[float, ...]) -> torch.Tensor:
+    """G [m + 2, 3]: g0 + g1 p + g2 p^2 at every point, then g2. Its 1 / prod_j (p_i - p_j) are in A."""
+    return torch.tensor([*[[1.0, p, p * p] for p in points], [0.0, 0.0, 1.0]], dtype=torch.float64)
 
 
 def _packed_shape(weight, algorithm):
-    step, points = (1, 36) if algorithm == "winograd4" else (2, 16)
-    return points, -(-weight.shape[1] // step) * step, -(-weight.shape[0] // UNIT) * UNIT
+    """[values kept of a filter, I, O]; I is even for bfloat16, whose products take two input channels at once."""
+    values, step = {"winograd4": (36, 1), "winograd4_lean": (9, 1), "winograd2": (16, 2)}[algorithm]
+    return values, -(-weight.shape[1] // step) * step, -(-weight.shape[0] // UNIT) * UNIT
 
 
 def _pack(weight, algorithm):
-    """direct: as it is. Winograd: for each block of output channels G g G^T [points, I / step, block, step], rounded once.
+    """direct: as it is. Winograd: blocks of output channels, one after the other, padded with zeros.
 
-    step is 2 for bfloat16, whose products take two input channels at once, else 1.
+    winograd4, winograd2: G g G^T, rounded once: [points, I / step, block, step]. winograd4_lean: g itself, [I, 9, block].
     """
     _check_algorithm(algorithm)
     if algorithm == "direct":
         return weight.clone(memory_format=torch.contiguous_format)
-    points, inputs, outputs = _packed_shape(weight, algorithm)
-    step, transform = 1 + (algorithm == "winograd2"), weight_transform(POINTS[algorithm]).to(weight.device)
-    packed, at = weight.new_zeros(points * inputs * outputs, dtype=OPERAND[algorithm]), 0
+    (values, inputs, outputs), step = _packed_shape(weight, algorithm), 2 if algorithm == "winograd2" else 1
+    g = at_points(POINTS[algorithm]).to(weight.device)
+    packed, at = weight.new_zeros(values * inputs * outputs, dtype=OPERAND[algorithm]), 0
     for first in range(0, outputs, BLOCK):
-        part = weight[first : first + BLOCK].double()
-        width = min(BLOCK, outputs - first)
-        block = packed[at : at + points * inputs * width].view(points, inputs // step, width, step)
-        made = (transform @ part @ transform.T).flatten(2).permute(2, 1, 0)  # [points, I, O]
-        padded = functional.pad(made, (0, width - made.shape[2], 0, inputs - made.shape[1]))
-        block.copy_(padded.view(points, inputs // step, step, width).transpose(2, 3))
+        part, width = weight[first : first + BLOCK], min(BLOCK, outputs - first)
+        block = packed[at : at + values * inputs * width]
+        if algorithm == "winograd4_lean":
+            block.view(inputs, values, width)[..., : len(part)] = part.flatten(2).permute(1, 2, 0)
+        else:
+            made = (g @ part.double() @ g.T).flatten(2).permute(2, 1, 0)  # [points, I, O]
+            padded = functional.pad(made, (0, width - len(part), 0, inputs - made.shape[1]))
+            shape = values, inputs // step, step, width
+            block.view(values, inputs // step, width, step).copy_(padded.view(shape).transpose(2, 3))
         at += block.numel()
-    return packed.view(points, inputs, outputs)
+    return packed.view(values, inputs, outputs)
 
 
 def _fake_pack(weight, algorithm):
@@ -270,9 +273,11 @@ def conv3x3(
         packed: `conv3x3_pack(weight, algorithm)`, which then is what is multiplied; of `weight` only the shape is read, so
             that one element expanded to [O, I, 3, 3] may stand in for it. Derivatives read weight, not packed. Absent, it is
             made in every call, which costs more than it saves.
-        algorithm: "direct", or where `conv3x3_algorithms(x.dtype, x.device)` says so "winograd4" (F(4x4, 3x3), products in
-            float32) or "winograd2" (F(2x2, 3x3), products of bfloat16). Named by the caller, who keeps it: it does not
-            depend on the batch. By Winograd's, y depends on neither batch nor threads, to the bit.
+        algorithm: "direct", or one of those that `conv3x3_algorithms(x.dtype, x.device)` names. "winograd4": F(4x4, 3x3),
+            products in float32. "winograd4_lean": the same with weights that are transformed while they are used, which
+            take a quarter of the memory and of its bandwidth. "winograd2": F(2x2, 3x3), products of bfloat16. Named by the
+            caller, who keeps it: it does not depend on the batch. By Winograd's, y depends on neither batch nor threads, to
+            the bit.
 
     Returns: (y, stats). y is like x with O channels. stats is None without stats_groups, else float32 (float64 for float64)
         mean and biased variance of y for `group_norm_silu(y, ..., stats=stats)`, taken before or after y is rounded to its
@@ -306,9 +311,9 @@ def conv3x3(
 def conv3x3_pack(weight: torch.Tensor, algorithm: str = "direct") -> torch.Tensor:
     """The weights as `algorithm` wants them, on weight's device, for `conv3x3(..., packed=...)`.
 
-    "direct": [O, I, 3, 3] as it is. "winograd4": float32, 4 times as many elements; "winograd2": bfloat16, 16/9 times as
-    many; both transformed in float64 and rounded once, so pack the most precise weights there are. Shape and content may
-    change with any release: pack at load, store weights.
+    "direct": [O, I, 3, 3] as it is. "winograd4": float32, 4 times as many elements, and "winograd2": bfloat16, 16/9 times as
+    many; both transformed in float64 and rounded once, so pack the most precise weights there are. "winograd4_lean":
+    float32, as many elements as before. Shape and content may change with any release: pack at load, store weights.
     """
     if weight.dim() != 4 or weight.shape[2:] != (3, 3) or not weight.is_floating_point():
         raise TypeError(f"weight: expected a floating-point tensor [O, I, 3, 3], got {weight.dtype} {tuple(weight.shape)}")
@@ -325,7 +330,7 @@ def conv3x3_algorithms(dtype: torch.dtype, device: str | torch.device = "cpu") -
         return ("direct",)
     from fastdiff import _C
 
-    return ALGORITHMS if dtype == torch.bfloat16 and _C.isa() == "avx512_bf16" else ALGORITHMS[:2]
+    return ALGORITHMS if dtype == torch.bfloat16 and _C.isa() == "avx512_bf16" else ALGORITHMS[:-1]
 
 
 def _served(algorithm, x, weight, packed):

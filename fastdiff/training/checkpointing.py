@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from fastdiff.model import atomically
+from fastdiff.atomic import atomically, remove_leftovers
 
 STATE = "state.pt"
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -38,8 +38,8 @@ def room(out: Path, step: int) -> Iterator[None]:
             raise
         free = shutil.disk_usage(out).free
         raise TrainingError(
-            f"step {step}: no room left to write in {out} ({free / 1e6:,.1f} MB free; {error}). {kept(out)}; free some space, "
-            f"then: fastdiff resume {out}"
+            f"step {step}: no room left to write in {out} ({free / 1e6:,.1f} MB free; {error}). {kept(out)}; free some "
+            f"space, then: fastdiff resume {out}"
         ) from error
 
 
@@ -89,8 +89,7 @@ def read(out: Path, device: torch.device) -> dict[str, Any] | None:
 
     Raises: ValueError where the file is damaged, naming an older one that is there.
     """
-    for unfinished in out.glob(".*.part"):
-        unfinished.unlink()
+    remove_leftovers(out)
     path = out / STATE
     if not path.exists():
         return None

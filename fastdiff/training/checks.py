@@ -58,8 +58,10 @@ def check_data(config: TrainConfig, data: ImageData) -> None:
             f"add them, or train without: --unconditional"
         )
     if network.labels and data.classes > network.labels:
-        raise ValueError(f"labels: the data has {data.classes} classes, the network takes {network.labels}; give --unconditional or "
-                         f"a preset for as many")  # fmt: skip
+        raise ValueError(
+            f"labels: the data has {data.classes} classes, the network takes {network.labels}; give --unconditional or a "
+            f"preset for as many"
+        )
 
 
 def check_init(config: TrainConfig, init: Model) -> None:
@@ -102,7 +104,7 @@ def starts_as(teacher: Model) -> bool:
 
 
 def bytes_of_files(config: TrainConfig, parameters: int, keep: int) -> int:
-    """What a run writes at most at a time: state (weights, two moments, averages, a target) and models, twice while written."""
+    """What a run writes at most: states (weights, two moments, averages, a target network) and models, one of each twice."""
     states = (keep + 1) * (4 + len(config.ema)) * 4 * parameters
     return states + 2 * (len(config.ema) + 1) * 4 * parameters
 

@@ -1,7 +1,6 @@
 """The files of data sets: MNIST, CIFAR-10, folders and zips of images; whatever is wrong with them is said with the file."""
 
 import os
-import tempfile
 import zipfile
 from pathlib import Path
 
@@ -172,8 +171,8 @@ def _pixels(root: Path, name: str, source, mode: str, size: int | None) -> tuple
             if size is not None:
                 edge = min(picture.size)
                 left, top = (picture.width - edge) // 2, (picture.height - edge) // 2
-                picture = picture.resize((size, size), Image.Resampling.BOX if edge % size == 0 else Image.Resampling.BICUBIC,
-                                         (left, top, left + edge, top + edge))  # fmt: skip
+                law = Image.Resampling.BOX if edge % size == 0 else Image.Resampling.BICUBIC
+                picture = picture.resize((size, size), law, (left, top, left + edge, top + edge))
             pixels = np.asarray(picture)
     except (OSError, ValueError, SyntaxError, zipfile.BadZipFile, EOFError, Image.DecompressionBombError) as error:
         raise ValueError(f"data: {name} in {root} is damaged or no image ({error}); replace or remove it") from error

@@ -45,9 +45,9 @@ class Guard:
         self.high = self.high + 1 if loss > FACTOR * self.lowest else 0
         if self.high >= PATIENCE:
             raise TrainingError(
-                f"step {step}: loss {loss:.4g}, more than {FACTOR:g} times its lowest mean {self.lowest:.4g} for {PATIENCE} steps. "
-                f"Training exploded. {kept()}. Likely the learning rate {lr} is too high: start again with a lower --lr in a "
-                f"new --out"
+                f"step {step}: loss {loss:.4g}, more than {FACTOR:g} times its lowest mean {self.lowest:.4g} for {PATIENCE} "
+                f"steps. Training exploded. {kept()}. Likely the learning rate {lr} is too high: start again with a lower "
+                f"--lr in a new --out"
             )
         self.mean = loss if math.isnan(self.mean) else MEMORY * self.mean + (1 - MEMORY) * loss
         self.lowest = min(self.lowest, max(self.mean, 1e-12))
@@ -64,8 +64,8 @@ def likely_cause(network: nn.Module, loss: float, lr: float, bf16: bool) -> str:
     bad = [name for name, p in network.named_parameters() if not torch.isfinite(p).all()]
     if bad:
         return (
-            f"The weights {', '.join(bad[:3])} were not finite before this step: the checkpoint they came from is bad, or an "
-            f"earlier step overflowed; start again from another --init, or with a lower --lr than {lr}, in a new --out"
+            f"The weights {', '.join(bad[:3])} were not finite before this step: the checkpoint they came from is bad, or "
+            f"an earlier step overflowed; start again from another --init, or with a lower --lr than {lr}, in a new --out"
         )
     if math.isfinite(loss):
         low = "try --no-bf16, or " if bf16 else ""

@@ -3,6 +3,7 @@
 import dataclasses
 import difflib
 import math
+from typing import Any
 
 from fastdiff.denoiser import Prediction
 from fastdiff.schedules import DDPM, EDM, VE, VP, Flow, SubVP
@@ -42,7 +43,7 @@ TIMES = {1: [80.0], 2: [80.0, 1.4], 4: [80.0, 7.0, 1.2, 1.0]}
 _mnist = TrainConfig("edm", MNIST, EDM(), Prediction("edm"), images=360_000, lr=2e-3)
 _mnist_cm = dataclasses.replace(_mnist, prediction=CONSISTENCY, images=300_000, lr=1e-3, optimizer="radam", times=TIMES)
 _mnist_cd = dataclasses.replace(_mnist_cm, loss="cd", init="mnist-edm")
-_published = {"betas": (0.9, 0.999), "decay": False}
+_published: dict[str, Any] = {"betas": (0.9, 0.999), "decay": False}
 _edm = TrainConfig(
     "edm", DDPMPP, EDM(), Prediction("edm"), images=200_000_000, batch=512, lr=1e-3, warmup=10_000_000, clip=0.0,
     augment=0.12, **_published,
@@ -72,7 +73,7 @@ PRESETS: dict[str, TrainConfig] = {
     "mnist-ct-perceptual": _with(_mnist_cm, loss="ct", options={"metric": "classifier"}),
     "mnist-ict": _with(_mnist_cm, loss="ict", options={"s1": 160}),
     "mnist-cd-l2": _mnist_cd,
-    "mnist-cd-huber": _with(_mnist_cd, options={"metric": "huber", "c": 0.03}),
+    "mnist-cd-huber": _with(_mnist_cd, options={"metric": "huber"}),
     "mnist-cd-perceptual": _with(_mnist_cd, options={"metric": "classifier"}),
     "mnist-ect": _with(_mnist_cm, loss="ect", prediction=Prediction("edm"), init="mnist-edm"),
     # Ho et al. 2020
@@ -91,15 +92,16 @@ PRESETS: dict[str, TrainConfig] = {
     "cifar10-edm-ncsnpp": _with(_edm, network=NCSNPP),
     # Song et al. 2023: the networks of EDM's weights, no dropout
     "cifar10-cd-lpips": _with(
-        _consistency, network=dataclasses.replace(NCSNPP, dropout=0.0), options={"metric": "lpips"}, init="cifar10-edm-ncsnpp"
+        _consistency, network=dataclasses.replace(NCSNPP, dropout=0.0), options={"metric": "lpips"},
+        init="cifar10-edm-ncsnpp",
     ),
     "cifar10-ct-lpips": _with(
         _consistency, loss="ct", network=dataclasses.replace(NCSNPP, dropout=0.0), options={"metric": "lpips"}
     ),
     # Song and Dhariwal 2024
     "cifar10-ict": _with(
-        _consistency, loss="ict", network=dataclasses.replace(NCSNPP, dropout=0.3), images=400_000 * 1024, batch=1024, lr=1e-4,
-        ema=(halflife(0.99993, 1024),),
+        _consistency, loss="ict", network=dataclasses.replace(NCSNPP, dropout=0.3), images=400_000 * 1024, batch=1024,
+        lr=1e-4, ema=(halflife(0.99993, 1024),),
     ),
     # Geng et al. 2024
     "cifar10-ect": _with(
@@ -115,7 +117,8 @@ PRESETS: dict[str, TrainConfig] = {
     ),
     "cifar10-quick-ect": _with(
         _consistency, loss="ect", prediction=Prediction("edm"), network=dataclasses.replace(CIFAR_QUICK, dropout=0.2),
-        images=4_000_000, batch=256, lr=2e-4, decay=True, ema=(500_000,), ema_rampup=0.05, flip=True, init="cifar10-quick-edm",
+        images=4_000_000, batch=256, lr=2e-4, decay=True, ema=(500_000,), ema_rampup=0.05, flip=True,
+        init="cifar10-quick-edm",
     ),
     "cats64-ddpm": TrainConfig(
         "ddpm", CATS, DDPM(), Prediction("eps"), images=5_000_000, batch=128, lr=4e-4, warmup=100_000, flip=True

@@ -9,6 +9,7 @@ import torch
 from foreign_models import MODELS, TOLERANCE, build, expected_counts, far, output
 
 import fastdiff
+from fastdiff.accelerate.layers import has_packed
 
 pytest.importorskip("diffusers", reason="diffusers is not installed (pip install -e '.[test]')")
 
@@ -206,8 +207,6 @@ def test_another_version_of_a_block_is_left(monkeypatch):
     """A block that computes something else than its small twin shows keeps its forward, and the report says so."""
     from diffusers.models.resnet import ResnetBlock2D
 
-    from fastdiff.accelerate import blocks
-
     own = ResnetBlock2D.forward
 
     def changed(self, *args, **kwargs):
@@ -215,12 +214,44 @@ def test_another_version_of_a_block_is_left(monkeypatch):
 
     changed.__qualname__, changed.__module__ = own.__qualname__, own.__module__
     monkeypatch.setattr(ResnetBlock2D, "forward", changed)
-    blocks._rehearsed_resnet.cache_clear()
     module, inputs = build("decoder")
     with torch.no_grad():
         expected = output(module, inputs)
         report = fastdiff.accelerate(module)
         assert far(output(module, inputs), expected) <= TOLERANCE
-    blocks._rehearsed_resnet.cache_clear()
     assert report.counts["group_norm"] == 12 and report.counts["group_norm_silu"] == 1
     assert sum("computes something else" in entry.reason for entry in report.left) == 12
+
+
+@pytest.mark.skipif(not has_packed(), reason="the native code was not built: convolutions stay PyTorch's")
+def test_all_of_a_block_is_in_its_convolutions(name, monkeypatch):
+    """In inference no norm in front of a convolution is left over, nor is a residual or the next norm's statistics."""
+    from fastdiff import ops
+
+    given, norms, own, own_norm = [], [], ops.conv3x3, ops.group_norm_silu
+    monkeypatch.setattr(ops, "conv3x3", lambda *a, **k: given.append(frozenset(k)) or own(*a, **k))
+    monkeypatch.setattr(ops, "group_norm_silu", lambda *a, **k: norms.append(1) or own_norm(*a, **k))
+    module, inputs = build(name)
+    report = fastdiff.accelerate(module)
+    given.clear(), norms.clear()  # of the small twins
+    with torch.no_grad():
+        output(module, inputs)
+    resampled = {"unet_2d_adm": 2}.get(name, 0)  # blocks with the resampling between norm and convolution
+    blocks = (report.counts["group_norm_silu"] - 1) // 2
+    assert sum("stats_groups" in g for g in given) == sum("residual" in g for g in given) == blocks
+    assert len(norms) == report.counts.get("group_norm", 0) + resampled
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["nchw", "nhwc"])
+def test_the_layout_stays(layout):
+    """An output has the layout that the original gives it, within the model too: people call .view."""
+    module, inputs = build("decoder")
+    module, shapes = module.to(memory_format=layout), []
+    for m in module.modules():
+        if isinstance(m, torch.nn.Conv2d) or type(m).__name__ == "ResnetBlock2D":
+            m.register_forward_hook(lambda m, args, y: shapes[-1].append(y.stride()))
+    for change in (lambda m: None, fastdiff.accelerate):
+        change(module.mid_block.resnets[0]), shapes.append([])
+        with torch.no_grad():
+            output(module, inputs)
+    assert shapes[0] == shapes[1]

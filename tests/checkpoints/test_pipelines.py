@@ -239,6 +239,20 @@ def test_what_is_refused(name, settings, unet):
     assert fastdiff.sample(pipe, nfe=2, seeds=[0], sampler="unipc").shape == (1, 3, 8, 8)
 
 
+def test_noise_conditional_pipeline():
+    """NCSN++'s pipeline: the network and the scheduler's levels are read, its steps are not carried out."""
+    settings = NETWORK | {"norm_num_groups": None, "time_embedding_type": "fourier", "mid_block_scale_factor": 2**0.5}
+    settings |= {"down_block_types": ("SkipDownBlock2D", "AttnSkipDownBlock2D"), "block_out_channels": (64, 128)}
+    settings |= {"up_block_types": ("AttnSkipUpBlock2D", "SkipUpBlock2D"), "attention_head_dim": None, "norm_eps": 1e-6}
+    scheduler = diffusers.ScoreSdeVeScheduler(sigma_max=50.0)
+    pipe = diffusers.ScoreSdeVePipeline(diffusers.UNet2DModel(**settings).eval(), scheduler)
+    model = fastdiff.load(pipe)
+    assert (model.schedule.t_min, model.schedule.t_max) == (scheduler.config.sigma_min, 50.0)
+    with pytest.raises(ValueError, match="scheduler: ScoreSdeVeScheduler is not carried out here"):
+        fastdiff.sample(pipe, nfe=3, seeds=[0])
+    assert torch.isfinite(fastdiff.sample(pipe, nfe=3, seeds=[0], sampler="heun")).all()
+
+
 @pytest.mark.parametrize(
     ("settings", "words"),
     [

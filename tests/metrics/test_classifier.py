@@ -74,7 +74,7 @@ def test_bad_files(tmp_path):
         load_classifier(tmp_path / "none.safetensors")
     path = tmp_path / "other.safetensors"
     path.write_bytes(b"nothing of the kind")
-    with pytest.raises(ValueError, match="classifier: .* is no classifier of ours .*train-classifier"):
+    with pytest.raises(ValueError, match=r"classifier: .* is no classifier of ours .*train-classifier"):
         load_classifier(path)
     with pytest.raises(ValueError, match="data: images of 4 x 4 are too small for a classifier"):
         Classifier((1, 4, 4), 2)

@@ -1,6 +1,7 @@
 """conv3x3 by Winograd's algorithm: values with a tolerance of its own error analysis, statistics, bits, packing."""
 
 import itertools
+import math
 import sys
 
 import pytest
@@ -13,10 +14,10 @@ from fastdiff.ops import Norm, conv3x3, conv3x3_algorithms, conv3x3_pack
 module = sys.modules["fastdiff.ops.conv3x3"]
 pytestmark = pytest.mark.skipif(len(conv3x3_algorithms(torch.float32)) == 1, reason="fastdiff._C is not built")
 
-SERVED = [("winograd4", torch.float32), ("winograd4", torch.bfloat16), ("winograd4", torch.float16)]
+SERVED = [("winograd4", torch.float32), ("winograd4_lean", torch.float32), ("winograd4", torch.bfloat16)]
+WITH_ISA = [*SERVED[:3], ("winograd4_lean", torch.float16)]
 if "winograd2" in conv3x3_algorithms(torch.bfloat16):
     SERVED.append(("winograd2", torch.bfloat16))
-WITH_ISA = [("winograd4", torch.float32), ("winograd4", torch.bfloat16), ("winograd4", torch.float16)]
 # n, inputs, outputs, height, width: a level; odd sides and channels; one pixel; first and last layer; less than a tile;
 # several slabs of one image; blocks of output channels cut short.
 SHAPES = [
@@ -44,8 +45,9 @@ def matrices(algorithm):
             if i != skipped:
                 coefficients = functional.pad(coefficients, (1, 0)) - p * functional.pad(coefficients, (0, 1))
         rows.append(functional.pad(coefficients, (0, size - len(coefficients))))
-    at = torch.tensor([[p**k for p in points] + [float(k == m - 1)] for k in range(m)], dtype=torch.float64)
-    return at, module.weight_transform(points), torch.stack(rows)
+    scale = [1 / math.prod(p - q for q in points if q != p) for p in points]
+    at = [[s * p**k for p, s in zip(points, scale, strict=True)] + [float(k == m - 1)] for k in range(m)]
+    return torch.tensor(at, dtype=torch.float64), module.at_points(points), torch.stack(rows)
 
 
 def by_tiles(h, weight, algorithm, squared=False):
@@ -123,7 +125,7 @@ def test_values_of_every_instruction_set(isa, algorithm, dtype):
     check_values(algorithm, dtype, False, SHAPES[1:4], [set()])
 
 
-@pytest.mark.parametrize("algorithm, dtype", SERVED[:1] + SERVED[3:])
+@pytest.mark.parametrize("algorithm, dtype", SERVED[:2] + SERVED[3:])
 def test_deep_layers(algorithm, dtype):
     # more input channels than one run of sums, and the last run short
     check_values(algorithm, dtype, True, [(1, 600, 70, 4, 5), (1, 1100, 16, 8, 8)], [set()])
@@ -132,8 +134,9 @@ def test_deep_layers(algorithm, dtype):
 def test_error_at_the_layer_that_others_are_measured_at():
     x, weight = torch.randn(1, 256, 32, 32), torch.randn(256, 256, 3, 3) / 48
     truth = functional.conv2d(x.double(), weight.double(), padding=1)
-    y, _ = conv3x3(x, weight, algorithm="winograd4")
-    assert (y - truth).norm() / truth.norm() < 2e-6  # ncnn's F(4, 3): 1.7e-6
+    for algorithm in ("winograd4", "winograd4_lean"):
+        y, _ = conv3x3(x, weight, algorithm=algorithm)
+        assert (y - truth).norm() / truth.norm() < 1.7e-6  # ncnn's F(4, 3)
     if "winograd2" in conv3x3_algorithms(torch.bfloat16):
         x, weight = x.bfloat16(), weight.bfloat16()
         truth = functional.conv2d(x.double(), weight.double(), padding=1)
@@ -249,8 +252,8 @@ def test_the_transforms_are_those_of_the_formula():
 
 
 def test_what_is_served(isa):
-    assert conv3x3_algorithms(torch.float32) == ("direct", "winograd4")
-    assert conv3x3_algorithms(torch.bfloat16)[2:] == (("winograd2",) if isa == "avx512_bf16" else ())
+    assert conv3x3_algorithms(torch.float32) == ("direct", "winograd4", "winograd4_lean")
+    assert conv3x3_algorithms(torch.bfloat16)[3:] == (("winograd2",) if isa == "avx512_bf16" else ())
     assert conv3x3_algorithms(torch.float64) == conv3x3_algorithms(torch.float32, "cuda") == ("direct",)
     x, weight = torch.randn(1, 4, 4, 4), torch.randn(2, 4, 3, 3)
     with pytest.raises(ValueError, match=r"algorithm: 'winograd4' is not served for torch.float64 on cpu"):
@@ -263,7 +266,7 @@ def test_what_is_served(isa):
             torch.ops.fastdiff.conv3x3(*args, conv3x3_pack(weight, "winograd2"), "winograd2")
 
 
-@pytest.mark.parametrize("packed_as", ["direct", "winograd4", "winograd2", "other shape", "strided"])
+@pytest.mark.parametrize("packed_as", ["direct", "winograd4", "winograd4_lean", "winograd2", "other shape", "strided"])
 def test_packed_must_belong(packed_as):
     x, weight = torch.randn(1, 4, 4, 4), torch.randn(2, 4, 3, 3)
     algorithm = "winograd4"

@@ -1,4 +1,4 @@
-"""Augmentation: every kind against moving pixels by hand, its frequency, what the network is told, and that it belongs to the seed."""
+"""Augmentation: every kind against moving pixels by hand, its frequency, what the network is told, whose it is."""
 
 import math
 

@@ -14,7 +14,7 @@ from fastdiff.training.guard import FACTOR, PATIENCE, Guard
 
 @pytest.fixture
 def small_files():
-    """small_files(bytes): no file of this process grows beyond, as on a full disk; a failed write is reported the same way."""
+    """small_files(bytes): no file of this process grows beyond that, as on a full disk."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
 
     def limit(size):
@@ -25,7 +25,7 @@ def small_files():
 
 
 def test_full_disk_keeps_the_old_checkpoint(toy_config, toy_data, tmp_path, small_files):
-    """The error names step, place, what is whole and what to do; the run then continues to the weights of an undisturbed one."""
+    """The error names step, place, what is whole and what to do; the run then ends as an undisturbed one."""
     config = toy_config()
     whole = trainer(config, toy_data, tmp_path / "whole").train()
     out = tmp_path / "cut"

@@ -77,11 +77,11 @@ def test_averages(toy_config, toy_data, tmp_path):
     expected = [[e.double().clone() for e in weights] for weights in t.ema.weights]
     for step in range(1, 8):
         t._one_step()
-        for h, (k, weights) in zip((4, 1000), enumerate(t.ema.weights), strict=True):
+        for h, (k, averaged) in zip((4, 1000), enumerate(t.ema.weights), strict=True):
             keep = 0.5 ** (16 / min(h, 0.05 * 16 * step))
             parameters = list(t.network.parameters())
             expected[k] = [keep * e + (1 - keep) * p.detach().double() for e, p in zip(expected[k], parameters, strict=True)]
-            for e, x in zip(weights, expected[k], strict=True):
+            for e, x in zip(averaged, expected[k], strict=True):
                 torch.testing.assert_close(e.double(), x, rtol=1e-5, atol=1e-7)
     for which in (0, 1):
         own = t.model(which).network.parameters()
