@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import functools
 from pathlib import Path
 
 import torch
@@ -76,13 +77,8 @@ class Case:
         return f"{self.net}-b{self.batch}"
 
     def network(self) -> UNet:
-        """The same random weights every time; branches that start at zero are awake."""
-        torch.manual_seed(0)
-        network = UNet(self.config)
-        for module in network.modules():
-            if isinstance(module, (nn.Conv2d, nn.Linear)) and not module.weight.any():
-                _initialise(module)
-        return network.eval().requires_grad_(False)
+        """The same random weights every time, drawn once a process; branches that start at zero are awake."""
+        return _network(self.net)
 
     def model(self) -> fastdiff.Model:
         """The network as a model of fastdiff."""
@@ -128,6 +124,16 @@ class Case:
             network = UNet(self.config)
         resolution = self.config.resolution
         return Program(network, torch.float32, (resolution, resolution)).operations
+
+
+@functools.lru_cache(maxsize=1)
+def _network(net: str) -> UNet:
+    torch.manual_seed(0)
+    network = UNet(NETS[net])
+    for module in network.modules():
+        if isinstance(module, (nn.Conv2d, nn.Linear)) and not module.weight.any():
+            _initialise(module)
+    return network.eval().requires_grad_(False)
 
 
 def onnx_file(case: Case) -> Path:

@@ -11,6 +11,7 @@ forward computes what the old one does whatever becomes of them. Everything else
 
 import ast
 import copy
+import functools
 import inspect
 import linecache
 import types
@@ -259,7 +260,12 @@ def _undecorated(function: Callable) -> tuple[types.FunctionType, list[types.Fun
 
 def rewrite(cls: type[nn.Module], norms: tuple[str, ...]) -> tuple[types.FunctionType, list[Chain], types.FunctionType]:
     """cls.forward with the chains that begin at an attribute in `norms` joined; the chains; the function they are in."""
-    function, around = _undecorated(inspect.getattr_static(cls, "forward"))
+    return _rewritten(inspect.getattr_static(cls, "forward"), norms)
+
+
+@functools.cache
+def _rewritten(forward: Callable, norms: tuple[str, ...]):
+    function, around = _undecorated(forward)
     text = _read(function)
     rewriter = _Rewriter(text.node.args.args[0].arg, norms, function.__code__.co_cellvars)
     text = text._replace(node=rewriter.visit(text.node))

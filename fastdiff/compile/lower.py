@@ -114,10 +114,13 @@ class Lowering:
         condition = len(self.conditions)
         additive = block.conditioning == "add"
         self.conditions.append((block.condition, _bias(block.conv0) if additive else None))
-        skip, normed = x, x
+        skip, normed, project = x, x, block.skip
         if block.change == "up" and block.resample.box:
-            skip = normed = self._resample(block, x)
+            normed = self._resample(block, x)
             norm0 = self._norm(block.norm0, normed)
+            # a projection of doubled pixels is the doubled projection, of a quarter as many
+            skip = normed if project is None else self._resample(block, self._project(project, x))
+            project = None
         elif block.change:
             given = self._norm(block.norm0, x)
             normed = self._emit(lambda out: Normalise(out, x.number, given), x.channels, x.size)
@@ -125,8 +128,8 @@ class Lowering:
         else:
             norm0 = self._norm(block.norm0, x)
         h = self._convolve(f"{name}.conv0", block.conv0, normed, norm0, add=condition if additive else None)
-        if block.skip is not None:
-            skip = self._project(block.skip, skip)
+        if project is not None:
+            skip = self._project(project, skip)
         norm1 = self._norm(block.norm1, h, None if additive else condition)
         settings = {"residual": skip.number, "out_scale": float(block.skip_scale)}
         y = self._convolve(f"{name}.conv1", block.conv1, h, norm1, **settings)

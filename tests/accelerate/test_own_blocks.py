@@ -297,6 +297,24 @@ def test_sequential():
         assert far(plain(x), plain[2](torch.tanh(plain[0](x)))) <= TOLERANCE
 
 
+def test_a_class_that_is_patched():
+    """accelerate reads the forward that the class has now, not the one it had."""
+    block, x = random_block(Statements)
+    fastdiff.accelerate(block)
+    own = Statements.forward
+    try:
+        Statements.forward = Nested.forward
+        fastdiff.restore(block)
+        expected = block(x)
+        fastdiff.accelerate(block)
+        assert far(block(x), expected) <= TOLERANCE
+        Statements.forward = lambda self, x: 3 * own(self, x)
+        fastdiff.accelerate(block)
+        assert far(block(x), 3 * own(block, x)) <= TOLERANCE
+    finally:
+        Statements.forward = own
+
+
 def test_a_class_without_source():
     names: dict = {"nn": nn}
     exec("class Hidden(nn.Module):\n    def forward(self, x):\n        return self.act(self.norm(x))", names)
