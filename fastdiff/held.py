@@ -14,7 +14,7 @@ _lock = threading.Lock()
 
 
 def read(source: Any, device: torch.device) -> Model:
-    """`load(source, device)`, the same Model as before where source is an object whose weights and settings have not changed.
+    """`load(source, device)`: the same Model as before where source is an object with the same weights and settings.
 
     A diffusers pipeline's model, and the programs made for it, live as long as the pipeline. Files are read anew.
     """

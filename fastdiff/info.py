@@ -65,8 +65,8 @@ def _ops() -> list[str]:
             why = served[device].why
             if why and f"{device}: {why}" not in notes:
                 notes.append(f"{device}: {why}")
-    served = {d: conv3x3_algorithms(d) for d in (torch.float32, torch.bfloat16)}
-    notes.append("cpu: conv3x3 by " + "; ".join(f"{', '.join(names)} ({str(d)[6:]})" for d, names in served.items()))
+    algorithms = {d: conv3x3_algorithms(d) for d in (torch.float32, torch.bfloat16)}
+    notes.append("cpu: conv3x3 by " + "; ".join(f"{', '.join(names)} ({str(d)[6:]})" for d, names in algorithms.items()))
     widths = [max(len(row[i]) for row in rows) for i in range(3)]
     return ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows] + notes
 

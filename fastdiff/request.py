@@ -193,15 +193,31 @@ def guidance_of(
     return Guidance(weight if len(weight) == 1 else weight[part], without, network, guide.interval)
 
 
-def check_images(start, shape: tuple[int, int, int], n: int) -> Tensor | None:
-    """Images to start from as [n, C, H, W]; one serves for all."""
-    if start is None:
+def check_images(given, shape: tuple[int, int, int], n: int, name: str = "start") -> Tensor | None:
+    """Images as [n, C, H, W]; one serves for all."""
+    if given is None:
         return None
-    images = torch.as_tensor(start)
+    images = torch.as_tensor(given)
     images = images.expand(n, *shape) if images.shape == shape else images
     if tuple(images.shape) != (n, *shape):
-        raise ValueError(f"start: expected {(n, *shape)} or {shape}, got {tuple(images.shape)}")
+        raise ValueError(f"{name}: expected {(n, *shape)} or {shape}, got {tuple(images.shape)}")
     return images
+
+
+def check_mask(mask, known: Tensor | None, shape: tuple[int, int, int], n: int) -> Tensor | None:
+    """The mask as [n, C, H, W], one for all channels or images expanded."""
+    if (mask is None) != (known is None):
+        raise ValueError("known, mask: an image whose pixels are known and the mask that says which come together")
+    if mask is None:
+        return None
+    weights, (c, h, w) = torch.as_tensor(mask).float(), shape
+    if tuple(weights.shape) not in ((h, w), (1, h, w), (c, h, w), (n, 1, h, w), (n, c, h, w)):
+        raise ValueError(
+            f"mask: {tuple(weights.shape)} does not fit; use {(h, w)}, {shape}, {(n, 1, h, w)} or {(n, *shape)}"
+        )
+    if not bool(((weights >= 0) & (weights <= 1)).all()):
+        raise ValueError("mask: expected values from 0 (make this pixel) to 1 (keep it); divide by its largest value")
+    return weights.expand(n, c, h, w)
 
 
 def check_noise(noise, plan: Plan, shape: tuple[int, int, int], n: int) -> list[Tensor] | None:

@@ -27,6 +27,7 @@ from fastdiff.request import (
     check_guidance,
     check_images,
     check_labels,
+    check_mask,
     check_noise,
     check_quality,
     check_seeds,
@@ -34,7 +35,7 @@ from fastdiff.request import (
     make_plan,
 )
 from fastdiff.samplers import Adaptive
-from fastdiff.samplers.adjust import dynamic_threshold, rescale
+from fastdiff.samplers.adjust import adjustment, keep
 
 DTYPES = {torch.float32, torch.bfloat16, torch.float16, torch.float64}
 
@@ -67,6 +68,8 @@ def sample(
     guidance: float | Guide | None = None,
     threshold: float | None = None,
     start: Tensor | None = None,
+    known: Tensor | None = None,
+    mask: Tensor | None = None,
     noise: Sequence[Tensor] | None = None,
     batch_size: int | None = None,
     device: str | torch.device | None = None,
@@ -93,6 +96,8 @@ def sample(
         guidance: weight of classifier-free guidance, 1 for none; or a `Guide`: interval, rescale, a weaker model.
         threshold: dynamic thresholding's quantile, such as 0.995, applied to each estimate of the image.
         start: images [n, C, H, W] or [C, H, W] in [-1, 1] to noise and start from; the level is the sampler's t_start=.
+        known, mask: images like start, and where to keep them: 1 in the mask's pixels, 0 where pixels are to be made.
+            [H, W], [C, H, W], [n, 1, H, W] or [n, C, H, W]; see `fastdiff.samplers.adjust.keep`.
         noise: [x_T, z_1, ...], unit noise [n, C, H, W] for the start and every draw, in place of the seeds'.
         batch_size: images per network call; 64 on a CPU, 256 on a GPU by default.
         device: where to compute; by default where the model is, and the GPU, where there is one, for a path.
@@ -130,6 +135,8 @@ def run(
     guidance: float | Guide | None = None,
     threshold: float | None = None,
     start: Tensor | None = None,
+    known: Tensor | None = None,
+    mask: Tensor | None = None,
     noise: Sequence[Tensor] | None = None,
     batch_size: int | None = None,
     device: str | torch.device | None = None,
@@ -154,18 +161,20 @@ def run(
     if (start is not None) != ("t_start" in options):
         raise ValueError("start, t_start: the images to start from and the time their noise belongs to come together")
     plan = make_plan(model, nfe, sampler, **options)
-    if isinstance(plan, Adaptive) and (trajectory or callback is not None):
+    if isinstance(plan, Adaptive) and (trajectory or callback is not None or mask is not None):
         raise ValueError(
-            "callback, trajectory: rk45 takes other steps for each image; use a sampler with rows, such as heun"
+            "callback, trajectory, mask: rk45 takes other steps for each image; use a sampler with rows, heun say"
         )
     invariant.check(deterministic, target)
-    _check_range(model, plan, start, threshold)
+    _check_range(model, plan, start is not None or known is not None or threshold is not None)
     if n is None and noise is not None and seeds is None:
         seeds = range(len(noise[0]))
     seed_list = check_seeds(seeds, n)
     label_list = check_labels(labels, seed_list, model)
     guide = check_guidance(guidance, model, len(seed_list))
     images = check_images(start, model.shape, len(seed_list))
+    keep_what = check_images(known, model.shape, len(seed_list), "known")
+    keep_where = check_mask(mask, keep_what, model.shape, len(seed_list))
     draws = check_noise(noise, plan, model.shape, len(seed_list))
     size = check_batch_size(batch_size, target)
     check_quality(quality)
@@ -180,7 +189,6 @@ def run(
         weaker = _placed(guide[0].model, target, dtype)
         weaker_by = engine(guide[0].model, weaker, dtype, compile, calls)
     network, counter = _counted(invariant.Invariant(by.call) if deterministic else by.call)
-    adjust = _adjustment(threshold, guide[0].rescale if guide else 0.0)
     begin = time.perf_counter()
     results: list[Tensor] = []
     states: list[list[Tensor]] = []
@@ -198,6 +206,7 @@ def run(
             batch_labels = None if label_list is None else torch.tensor(label_list[part], device=target)
             counter[0] = 0
             states.append([])
+            kept_here = [None if v is None else v[part].to(target) for v in (keep_what, keep_where)]
             x = by.execute(
                 plan,
                 network,
@@ -209,10 +218,10 @@ def run(
                 noise=None if draws is None else [z[part] for z in draws[1:]],
                 start=None if images is None else images[part].to(target),
                 guidance=guidance_of(guide, part, batch_labels, weaker_by.call if weaker_by else None),
-                adjust=adjust,
+                adjust=adjustment(threshold, guide[0].rescale if guide else 0.0, *kept_here),
                 on_row=on_row if trajectory or callback is not None else None,
             )
-            results.append(x)
+            results.append(x if mask is None else keep(x, *(v.to(x) for v in kept_here)))
         result = torch.cat(results)
         _check_finite(result, model)
         result = 2 * result - 1 if model.convention.unit_images else result
@@ -224,23 +233,12 @@ def run(
     return Samples(result.clone(), seed_list, label_list, plan, model, *how, kept)
 
 
-def _adjustment(threshold: float | None, amount: float) -> Callable[[Tensor, Tensor, int], Tensor] | None:
-    if threshold is None and not amount:
-        return None
-
-    def adjust(d: Tensor, unguided: Tensor, row: int) -> Tensor:
-        d = rescale(d, unguided, amount) if amount else d
-        return d if threshold is None else dynamic_threshold(d, threshold)
-
-    return adjust
-
-
-def _check_range(model: Model, plan: Plan, start: Tensor | None, threshold: float | None) -> None:
+def _check_range(model: Model, plan: Plan, images: bool) -> None:
     """What takes images for numbers in [-1, 1] is not for a network that knows them in [0, 1]."""
     clips = any(row.d_clip for row in plan.rows)
-    if model.convention.unit_images and (clips or start is not None or threshold is not None):
+    if model.convention.unit_images and (clips or images):
         raise ValueError(
-            "start, clip, threshold: this network's images lie in [0, 1], where these are not defined; leave them out"
+            "start, known, clip, threshold: this network's images lie in [0, 1], where these are not defined; leave them out"
         )
 
 

@@ -128,7 +128,7 @@ atomically({str(out / "000003.png")!r}, write)
     assert (out / "living").read_bytes() == b"whole" and not (out / left[0]).exists()
     subprocess.run([sys.executable, "-c", half])
     monkeypatch.setattr(sys, "argv", ["fastdiff", *command(checkpoint, out)[3:]])
-    with pytest.raises(SystemExit, match="^0$"):
+    with pytest.raises(SystemExit, match=r"^0$"):
         cli.main()
     assert {k: v for k, v in files(out).items() if k not in ("living", ".notes.part")} == whole
 

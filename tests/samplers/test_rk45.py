@@ -179,7 +179,7 @@ def test_torchdiffeq(method):
         ({"rtol": -1.0}, ValueError, "rtol, atol: -1.0"),
         ({"method": "euler"}, ValueError, "method: 'euler' is not known; use one of dopri5, dopri8"),
         ({"eta": 1.0}, TypeError, "eta: sampler 'rk45' has no such option; it has rtol, atol, method, t_start, t_end"),
-        ({"callback": print}, ValueError, "callback, trajectory: rk45 takes other steps for each image"),
+        ({"callback": print}, ValueError, "callback, trajectory, mask: rk45 takes other steps for each image"),
     ],
 )
 def test_refused(options, error, words):
