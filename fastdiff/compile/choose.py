@@ -65,7 +65,8 @@ def choose(
         else:
             key = _key(step, program)
             fastest[key] = chosen = fastest.get(key) or _measure(step, program, names, batch)
-        bind(step, chosen, program, (packed or {}).get(step.name))
+        kept = packed if packed and given and chosen == given.get(step.name) else {}
+        bind(step, chosen, program, kept.get(step.name))
 
 
 def _key(step: Conv3x3, program: Program) -> tuple:
