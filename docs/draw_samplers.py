@@ -23,11 +23,12 @@ import torch
 import fastdiff
 from fastdiff import ops, samplers, schedules
 from fastdiff.atomic import atomically
+from fastdiff.metrics.evaluation import natural_labels
 from fastdiff.model import Model
 from fastdiff.sample import run
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "quality"))
-import lenet
+
 import measures
 
 HERE = Path(__file__).parent
@@ -94,8 +95,8 @@ class Judge:
     """The classifier, the reference, and statistics that some samplers need."""
 
     def __init__(self, images: int):
-        self.net, self.reference, self.images = lenet.load()[0], measures.load_reference()[0], images
-        self.labels = measures.natural_labels(images, self.reference["label_counts"])
+        self.net, self.reference, self.images = measures.judging_classifier(), measures.load_reference()[0], images
+        self.labels = natural_labels(images, self.reference["label_counts"])
         self.models = {name: fastdiff.load(name) for name in ("mnist-edm", "mnist-ect")}
         self.chain: dict[str, dict] = {}
 

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from fastdiff import invariant, ops
+from fastdiff import held, invariant, ops
 from fastdiff.compile import Compiled
 from fastdiff.compile.automatic import Engine, engine
-from fastdiff.model import Model, load, packaged
+from fastdiff.model import Model, packaged
 from fastdiff.plan import Plan
 from fastdiff.request import (
     MANY,
@@ -263,7 +263,7 @@ def _resolve(model, nfe: int | None, device) -> tuple[Model, torch.device]:
         return model, torch.device(device) if device is not None else model.device
     default = "cuda" if torch.cuda.is_available() else "cpu"
     target = torch.device(device) if device is not None else torch.device(default)
-    return load(packaged(nfe if hasattr(nfe, "__index__") else None) if model is None else model, target), target
+    return held.read(packaged(nfe if hasattr(nfe, "__index__") else None) if model is None else model, target), target
 
 
 def _placed(model: Model, device: torch.device, dtype: torch.dtype) -> Callable[..., Tensor]:

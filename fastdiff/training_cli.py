@@ -7,7 +7,8 @@ import typer
 
 DATA = "Folder or zip: MNIST, CIFAR-10 as torchvision lays them out, or images, with a sub-folder for each class."
 OUT = "Folder of the run. The same command again continues a run that was stopped, and so does fastdiff resume."
-Data, Out = Annotated[Path, typer.Option(help=DATA)], Annotated[Path, typer.Option(help=OUT)]
+Data = Annotated[Path, typer.Option(help=DATA)]
+Out = Annotated[Path, typer.Option(help=OUT)]
 Images = Annotated[int | None, typer.Option(help="Training images to see, in place of the preset's number.")]
 Batch = Annotated[int | None, typer.Option(help="Images per step, all processes together.")]
 Rate = Annotated[float | None, typer.Option(help="Largest learning rate.")]
@@ -30,7 +31,7 @@ Learned = Annotated[Path | None, typer.Option(help="Of train-classifier, for --p
 
 
 def train(
-    preset: Annotated[str, typer.Option(help="mnist-ddpm, mnist-edm, cifar10-edm-ddpmpp, ...; a wrong one lists all.")],
+    preset: Annotated[str, typer.Option(help="One of those named above.")],
     data: Data,
     out: Out,
     init: Annotated[str | None, typer.Option(help="Checkpoint to start from; mnist-ect needs one of mnist-edm.")] = None,
@@ -70,6 +71,11 @@ def train(
     fastdiff train --preset mnist-ect --init runs/edm/model.safetensors --data mnist --out runs/ect
     fastdiff train --preset cats64-edm --data cats.zip --unconditional --out runs/cats
     torchrun --nproc_per_node 2 -m fastdiff train --preset cifar10-ddpm --data cifar --out runs/ddpm
+
+    Presets: mnist-ddpm, mnist-iddpm, mnist-vp, mnist-subvp, mnist-ve, mnist-edm, mnist-flow, mnist-ct, mnist-ct-perceptual,
+    mnist-ict, mnist-cd-l2, mnist-cd-huber, mnist-cd-perceptual, mnist-ect; cifar10-ddpm, cifar10-edm-ddpmpp,
+    cifar10-edm-ncsnpp, cifar10-cd-lpips, cifar10-ct-lpips, cifar10-ict, cifar10-ect, cifar10-quick-ddpm, cifar10-quick-edm,
+    cifar10-quick-ect; imagenet64-adm; cats64-ddpm, cats64-edm, cats64-ect.
 
     The folder of the run holds model.safetensors (for fastdiff sample), loss.csv, loss.png, sample grids and state.pt.
     """
@@ -195,6 +201,31 @@ def evaluate(
     eval_command.run(models, data, nfe, n, first_seed, sampler, option, classifier, batch_size, device, dtype, out)
 
 
+def times(
+    model: Annotated[str, typer.Argument(help="Checkpoint or packaged name of a consistency model.")],
+    data: Annotated[Path, typer.Option(help="The data set that the model learned: a folder or zip, see fastdiff train.")],
+    out: Annotated[Path, typer.Option(help="Checkpoint to write, with the times in it.")],
+    nfe: Annotated[int, typer.Option(help="Network evaluations per image.")] = 2,
+    n: Annotated[int, typer.Option(help="Images for each candidate.")] = 500,
+    levels: Annotated[int, typer.Option(help="Noise levels to choose from.")] = 24,
+    classifier: Annotated[
+        Path | None, typer.Option(help="Of fastdiff train-classifier. [default: the packaged one, for MNIST]")
+    ] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1. [default: where the model is loaded]")] = None,
+) -> None:
+    """Search good evaluation times for a consistency model, and store them in its checkpoint.
+
+    \b
+    fastdiff times mnist-ect --data mnist --nfe 2 --out better.safetensors
+    fastdiff sample better.safetensors --nfe 2          now evaluates there
+
+    Coordinate descent: the FD of fastdiff eval, of the same seeds at every candidate, decides.
+    """
+    from fastdiff.commands import times_command
+
+    times_command.run(model, nfe, data, out, n, levels, classifier, device)
+
+
 def train_classifier(
     data: Annotated[Path, typer.Option(help="Labelled data set: a folder or zip, see fastdiff train.")],
     out: Annotated[Path, typer.Option(help="File to write, .safetensors.")],
@@ -218,4 +249,5 @@ def add(app: typer.Typer) -> None:
     """Give these commands to the application."""
     for command in (train, distill, resume, train_classifier):
         app.command(command.__name__.replace("_", "-"))(command)
+    app.command()(times)
     app.command("eval")(evaluate)

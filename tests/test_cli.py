@@ -12,8 +12,9 @@ from tiny import tiny
 
 import fastdiff
 from fastdiff import cli
-from fastdiff.images import read_metadata, to_uint8
+from fastdiff.images import read_metadata, save_image, to_uint8
 from fastdiff.info import versions
+from fastdiff.metrics import Classifier
 from fastdiff.model import Model
 from fastdiff.samplers import SAMPLERS
 from fastdiff.training import PRESETS
@@ -167,7 +168,7 @@ def test_average_refuses_models_of_different_kinds(fastdiff_command, checkpoint)
 
 def test_train_refuses_a_misspelt_preset_and_missing_data(fastdiff_command):
     assert "did you mean mnist-edm?" in fastdiff_command("train", "--preset", "mnist-emd", "--data", ".", "--out", "r")[2]
-    assert "no MNIST in" in fastdiff_command("train", "--preset", "mnist-edm", "--data", ".", "--out", "r")[2]
+    assert "no images in" in fastdiff_command("train", "--preset", "mnist-edm", "--data", ".", "--out", "r")[2]
     assert "--init" in fastdiff_command("train", "--preset", "mnist-ect", "--data", ".", "--out", "r")[2]
     assert "images: -1" in fastdiff_command("train", "--preset", "mnist-edm", "--data", ".", "--out", "r", "--images", -1)[2]
 
@@ -231,3 +232,33 @@ def test_every_sampler_and_preset_is_named(fastdiff_command):
     assert all(SAMPLERS[line.split()[0]].paper in line for line in lines[1:] if not line.startswith("rk45"))
     text = "".join(fastdiff_command("train", "--help")[1].split())
     assert all(name in text for name in PRESETS)
+
+
+def test_times_are_searched_and_stored(fastdiff_command, tmp_path):
+    """The times with the least FD of those tried go into the checkpoint, which then samples there; others are refused."""
+    torch.manual_seed(0)
+    network = fastdiff.UNet(tiny())
+    for p in network.parameters():
+        p.data.add_(0.1 * torch.randn_like(p))
+    model = Model(network, fastdiff.schedules.EDM(), fastdiff.Prediction("edm"), "consistency", (1, 8, 8))
+    model.save("few.safetensors")
+    Path("data").mkdir()
+    for k in range(12):
+        save_image(torch.rand(1, 8, 8) * 2 - 1, Path("data", f"{k}.png"))
+    Classifier((1, 8, 8), 4).save("judge.safetensors")
+    request = ("times", "few.safetensors", "--data", "data", "--classifier", "judge.safetensors", "--n", 6, "--levels", 5)
+    status, out, err = fastdiff_command(*request, "--nfe", 2, "--out", "better.safetensors")
+    assert status == 0, err
+    tried = {line.split("t = ")[1]: float(line.split()[1]) for line in out.splitlines() if line.startswith("FD")}
+    best = out.splitlines()[-1].removeprefix("better.safetensors: 2 evaluations at t = ")
+    assert len(tried) == 4 and tried[best] == min(tried.values())
+    better = fastdiff.load("better.safetensors")
+    assert (
+        fastdiff.make_plan(better, 2).times
+        == better.times[2]
+        == pytest.approx([float(t) for t in best.split(", ")], rel=1e-3)
+    )
+    model.family = "diffusion"
+    model.save("few.safetensors")
+    status, _, err = fastdiff_command(*request, "--nfe", 2, "--out", "other.safetensors")
+    assert status == 2 and "few.safetensors is a diffusion model" in err and not Path("other.safetensors").exists()

@@ -17,6 +17,7 @@ FLOORS = [
     {"cli", "training_cli"},
     {"commands"},
     {"sample", "training", "metrics", "info", "images", "accelerate"},
+    {"held"},
     {"compile"},
     {"request", "invariant"},
     {"model"},

@@ -26,8 +26,8 @@ Tensor run(const Tensor& x0, const Tensor& seeds, const Tensor& coefficients, in
   if (out.numel() == 0) return out;
   const ScalarType type = accumulate(x0);
   const bool fits = coefficients.scalar_type() == type;
-  const Tensor c = torch::stable::contiguous(fits ? coefficients : torch::stable::to(coefficients, type));
-  const Tensor keys = torch::stable::contiguous(seeds);
+  const Tensor c = as_contiguous(fits ? coefficients : torch::stable::to(coefficients, type));
+  const Tensor keys = as_contiguous(seeds);
   const InPlace x(x0, "x0");
   AddNoise a{};
   a.seeds = static_cast<const int64_t*>(keys.data_ptr()), a.coefficients = c.data_ptr();

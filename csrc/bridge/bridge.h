@@ -34,9 +34,11 @@ inline void check_cpu(const Tensor& t, const char* name) {
   STD_TORCH_CHECK(t.is_cpu(), name, ": must be on the CPU like the first argument");
 }
 
-// Views of [N, C, ...] whose spatial dimensions share one stride; none where they do not. On any device.
-inline std::optional<View> view_of(const Tensor& t, const char* name) {
-  const auto sizes = t.sizes(), strides = t.strides();
+// Views of [N, C, ...] whose spatial dimensions share one stride; none where they do not. On any device. `skip` leading
+// dimensions are left out.
+inline std::optional<View> view_of(const Tensor& t, const char* name, int64_t skip = 0) {
+  const int64_t dim = t.dim() - skip;
+  const Shape sizes(t.sizes().data() + skip, dim), strides(t.strides().data() + skip, dim);
   View v;
   v.dtype = dtype_of(t.scalar_type(), name);
   v.data = t.data_ptr();
@@ -64,8 +66,12 @@ inline int64_t spatial(const Tensor& t) {
   return s;
 }
 
-inline bool is_rows(const View& v) { return v.s != 1 && v.c == 1; }
+// Channels-last; not pixels that are all one, whose results have another layout.
+inline bool is_rows(const View& v) { return v.s > 1 && v.c == 1; }
 inline bool same_kind(const View& a, const View& b) { return (a.s == 1 && b.s == 1) || (is_rows(a) && is_rows(b)); }
+
+// ATen's operators are found by name, a microsecond each: not asked for what is there already.
+inline Tensor as_contiguous(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
 
 // A small parameter as a contiguous tensor of the accumulation type; kept alive by the caller.
 inline Tensor parameter(const Tensor& t, ScalarType type, Shape shape, const char* name) {
@@ -74,8 +80,7 @@ inline Tensor parameter(const Tensor& t, ScalarType type, Shape shape, const cha
   for (size_t i = 0; fits && i < shape.size(); ++i) fits = t.sizes()[i] == shape[i];
   STD_TORCH_CHECK(fits, name, ": its shape does not fit x");
   dtype_of(t.scalar_type(), name);
-  Tensor r = t.scalar_type() == type ? t : torch::stable::to(t, type);
-  return r.is_contiguous() ? r : torch::stable::contiguous(r);
+  return as_contiguous(t.scalar_type() == type ? t : torch::stable::to(t, type));
 }
 inline std::optional<Tensor> parameter(const std::optional<Tensor>& t, ScalarType type, Shape shape, const char* name) {
   if (!t) return std::nullopt;
@@ -134,22 +139,20 @@ inline void check_writable(const Tensor& t, const char* name) {
                     ": its elements share memory, as an expanded tensor's do; clone it");
 }
 
-// `like`'s strides where the kernel can write them beside its input, else a contiguous stand-in.
-inline Tensor result_like(const Tensor& like, const View& beside, View& view) {
-  Tensor t = torch::stable::empty_like(like);
-  auto v = try_view(t, "result");
-  if (!v || !same_kind(*v, beside)) {
-    t = torch::stable::new_empty(like, like.sizes());
-    v = try_view(t, "result");
+// A result with the strides that PyTorch gives one `like` x; where the kernel, which reads x as `beside`, cannot write those,
+// it fills a stand-in of its own layout, which `finish` copies.
+struct Result {
+  Tensor asked, used;
+  View view;
+  Result(const Tensor& like, const View& beside) : asked(torch::stable::empty_like(like)), used(asked) {
+    auto v = try_view(used, "result");
+    // A single pixel is a plane in any layout.
+    const auto fits = [&] { return v && (same_kind(*v, beside) || (beside.s == 1 && spatial(like) <= 1)); };
+    if (!fits()) used = torch::stable::new_empty(like, like.sizes()), v = try_view(used, "result");
+    STD_TORCH_CHECK(fits() || used.numel() == 0, "result: its layout is not x's");
+    view = *v;
   }
-  view = *v;
-  return t;
-}
-inline Tensor with_strides_of(const Tensor& like, const Tensor& made) {
-  Tensor t = torch::stable::empty_like(like);
-  for (size_t i = 0; i < t.sizes().size(); ++i)
-    if (t.sizes()[i] > 1 && t.strides()[i] != made.strides()[i]) return torch::stable::copy_(t, made);
-  return made;
-}
+  Tensor finish() { return used.get() == asked.get() ? asked : torch::stable::copy_(asked, used); }
+};
 
 }  // namespace fastdiff

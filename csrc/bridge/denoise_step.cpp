@@ -64,7 +64,7 @@ DenoiseStep checked(const Tensor& x, const std::optional<Tensor>& f, const Tenso
 
 std::optional<Tensor> packed(const std::optional<Tensor>& t) {
   if (!t) return std::nullopt;
-  return torch::stable::contiguous(*t);
+  return as_contiguous(*t);
 }
 
 // Gives the tensors to launch(arguments) as views, or as copies that are returned where no view serves.
@@ -75,8 +75,8 @@ void run(DenoiseStep& a, const Tensor& x, const std::optional<Tensor>& f, const 
   InPlace state(x, "x"), input(net_in, "net_in"), save(has_saved ? saved : x, "saved");
   Tensor slots = history;
   if (a.slots > 0) {
-    auto first = view_of(torch::stable::select(slots, 0, 0), "history");
-    if (!first) slots = torch::stable::contiguous(slots), first = view_of(torch::stable::select(slots, 0, 0), "history");
+    auto first = view_of(slots, "history", 1);
+    if (!first) slots = as_contiguous(slots), first = view_of(slots, "history", 1);
     a.history = *first, a.slot_stride = slots.stride(0);
   }
   std::optional<InPlace> network, other, variance;
@@ -95,8 +95,8 @@ void denoise_step_cpu(Tensor x, std::optional<Tensor> f, Tensor saved, Tensor hi
                       const Tensor& coefficients, const Tensor& codes, const Tensor& row, std::optional<Tensor> f_u,
                       std::optional<Tensor> guidance, std::optional<Tensor> v) {
   check_cpu(x, "x");
-  const Tensor table = torch::stable::contiguous(coefficients), code_table = torch::stable::contiguous(codes);
-  const Tensor keys = torch::stable::contiguous(seeds), row_list = torch::stable::contiguous(row);
+  const Tensor table = as_contiguous(coefficients), code_table = as_contiguous(codes);
+  const Tensor keys = as_contiguous(seeds), row_list = as_contiguous(row);
   const std::optional<Tensor> weights = packed(guidance);
   DenoiseStep a = checked(x, f, saved, history, net_in, keys, table, code_table, row_list, f_u, weights, v);
   for (int64_t i = 0; i < row.size(0); ++i)
@@ -114,8 +114,8 @@ void denoise_step_on_cuda(Tensor x, std::optional<Tensor> f, Tensor saved, Tenso
                           std::optional<Tensor> f_u, std::optional<Tensor> guidance, std::optional<Tensor> v) {
   STD_TORCH_CHECK(x.is_cuda(), "x: must be on a CUDA device");
   const OnDevice here(x);
-  const Tensor table = torch::stable::contiguous(coefficients), code_table = torch::stable::contiguous(codes);
-  const Tensor keys = torch::stable::contiguous(seeds), row_list = torch::stable::contiguous(row);
+  const Tensor table = as_contiguous(coefficients), code_table = as_contiguous(codes);
+  const Tensor keys = as_contiguous(seeds), row_list = as_contiguous(row);
   const std::optional<Tensor> weights = packed(guidance);
   DenoiseStep a = checked(x, f, saved, history, net_in, keys, table, code_table, row_list, f_u, weights, v);
   if (x.numel() == 0) return;

@@ -23,7 +23,7 @@ std::tuple<Tensor, Tensor> group_norm_attention_cpu(const Tensor& x_, const Tens
 
   const auto view = try_view(x, "x");
   if (view && (view->s == 1 || is_rows(*view))) g.x = *view;
-  else x = torch::stable::contiguous(x), g.x = *try_view(x, "x");
+  else x = as_contiguous(x), g.x = *try_view(x, "x");
 
   const ScalarType type = accumulate(x), operand = takes_bfloat16(g.x.dtype, g.c, a.d) ? ScalarType::BFloat16 : type;
   const int64_t of_c[] = {g.c}, of_qkv[] = {3 * e}, of_in[] = {3 * e, g.c}, of_out[] = {g.c, e},
@@ -40,9 +40,10 @@ std::tuple<Tensor, Tensor> group_norm_attention_cpu(const Tensor& x_, const Tens
   Tensor kept = torch::stable::new_empty(x, Shape(of_stats, 3), type);
   if (stats) torch::stable::copy_(kept, parameter(*stats, type, Shape(of_stats, 3), "stats"));
   g.stats = kept.data_ptr();
-  Tensor y = result_like(x, g.x, g.y);
+  Result y(x_, g.x);
+  g.y = y.view;
   group_norm_attention(a);
-  return {with_strides_of(x_, y), kept};
+  return {y.finish(), kept};
 }
 
 }  // namespace

@@ -30,7 +30,7 @@ struct NormArguments {
     g.add = data(add), g.scale = data(scale), g.shift = data(shift);
     const auto view = try_view(x, "x");
     if (view && (view->s == 1 || is_rows(*view))) g.x = *view;
-    else x = torch::stable::contiguous(x), g.x = *try_view(x, "x");
+    else x = as_contiguous(x), g.x = *try_view(x, "x");
   }
 };
 
@@ -43,9 +43,10 @@ std::tuple<Tensor, Tensor> group_norm_silu_cpu(const Tensor& x, const Tensor& we
   Tensor kept = torch::stable::new_empty(x, Shape(shape, 3), accumulate(x));
   if (stats) torch::stable::copy_(kept, parameter(*stats, accumulate(x), Shape(shape, 3), "stats"));
   a.g.stats = kept.data_ptr(), a.g.given_stats = stats.has_value();
-  Tensor y = result_like(a.x, a.g.x, a.g.y);
+  Result y(x, a.g.x);
+  a.g.y = y.view;
   group_norm_silu(a.g);
-  return {with_strides_of(x, y), kept};
+  return {y.finish(), kept};
 }
 
 Tensor like_or_empty(const Tensor& x, const std::optional<Tensor>& t, ScalarType type) {
@@ -68,19 +69,21 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> group_norm_silu_backw
   Tensor grad = dy.scalar_type() == x.scalar_type() ? dy : torch::stable::to(dy, x.scalar_type());
   auto view = try_view(grad, "dy");
   if (!view || !same_kind(*view, a.g.x)) {  // bring dy to x's layout
-    Tensor copy = result_like(a.x, a.g.x, a.g.dy);
-    grad = torch::stable::copy_(copy, grad);
-    view = try_view(grad, "dy");
+    const Result copy(a.x, a.g.x);
+    Tensor to = copy.used;
+    grad = torch::stable::copy_(to, grad);
+    view = copy.view;
   }
   a.g.dy = *view;
-  Tensor dx = result_like(a.x, a.g.x, a.g.dx);
+  Result dx(x, a.g.x);
+  a.g.dx = dx.view;
   Tensor dweight = like_or_empty(x, weight, type), dbias = like_or_empty(x, bias, type);
   Tensor dadd = like_or_empty(x, add, type), dscale = like_or_empty(x, scale, type), dshift = like_or_empty(x, shift, type);
   a.g.dweight = dweight.data_ptr(), a.g.dbias = dbias.data_ptr();
   a.g.dadd = add ? dadd.data_ptr() : nullptr, a.g.dscale = scale ? dscale.data_ptr() : nullptr;
   a.g.dshift = shift ? dshift.data_ptr() : nullptr;
   group_norm_silu_backward(a.g);
-  return {with_strides_of(x, dx), in_dtype_of(weight, dweight), in_dtype_of(bias, dbias), in_dtype_of(add, dadd),
+  return {dx.finish(), in_dtype_of(weight, dweight), in_dtype_of(bias, dbias), in_dtype_of(add, dadd),
           in_dtype_of(scale, dscale), in_dtype_of(shift, dshift)};
 }
 
@@ -107,7 +110,7 @@ Parameter on_device(const std::optional<Tensor>& t, const Tensor& x, Shape shape
   bool fits = t->sizes().size() == shape.size();
   for (size_t i = 0; fits && i < shape.size(); ++i) fits = t->sizes()[i] == shape[i];
   STD_TORCH_CHECK(fits, name, ": its shape does not fit x");
-  owned = t->is_contiguous() ? *t : torch::stable::contiguous(*t);
+  owned = as_contiguous(*t);
   return {owned->data_ptr(), dtype_of(owned->scalar_type(), name)};
 }
 

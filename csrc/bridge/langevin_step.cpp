@@ -27,8 +27,8 @@ void langevin_step_cpu(Tensor x, const Tensor& f, Tensor net_in, std::optional<T
     STD_TORCH_CHECK(mean->scalar_type() == type, "mean: expected x's dtype");
   }
 
-  const Tensor table = torch::stable::contiguous(coefficients), words = torch::stable::contiguous(draws);
-  const Tensor keys = torch::stable::contiguous(seeds), row_list = torch::stable::contiguous(row);
+  const Tensor table = as_contiguous(coefficients), words = as_contiguous(draws);
+  const Tensor keys = as_contiguous(seeds), row_list = as_contiguous(row);
   LangevinStep a{};
   a.seeds = seed_data(keys, n);
   a.n = n, a.c = x.dim() > 1 ? x.size(1) : 1, a.s = spatial(x), a.norms = norms;

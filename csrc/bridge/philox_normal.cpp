@@ -16,7 +16,7 @@ Tensor prepared(const Tensor& seeds, int64_t draw, int64_t domain, std::vector<i
   shape.insert(shape.begin(), seeds.size(0));
   const Dtype type = dtype_of(dtype, "dtype");
   Tensor out = torch::stable::new_empty(seeds, shape, dtype);
-  keys = torch::stable::contiguous(seeds);
+  keys = as_contiguous(seeds);
   a = {out.data_ptr(), type, static_cast<const int64_t*>(keys.data_ptr()), draw, domain, seeds.size(0), 0};
   if (out.numel() > 0) a.size = out.numel() / seeds.size(0);
   return out;

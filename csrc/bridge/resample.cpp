@@ -30,7 +30,7 @@ Tensor resample_cpu(const Tensor& x_, const Tensor& taps, int64_t up, int64_t do
   const Tensor filter = parameter(taps, accumulate(x_), Shape(count, 1), "taps");
   a.taps = filter.data_ptr();
   a.last = x_.strides()[1] == 1 && x_.strides()[3] != 1;
-  const Tensor x = a.last || x_.strides()[3] == 1 ? x_ : torch::stable::contiguous(x_);
+  const Tensor x = a.last || x_.strides()[3] == 1 ? x_ : as_contiguous(x_);
   const int64_t planes[] = {a.n, a.c, height, width}, pixels[] = {a.n, height, width, a.c}, order[] = {0, 3, 1, 2};
   Tensor y = torch::stable::new_empty(x, a.last ? Shape(pixels, 4) : Shape(planes, 4));
   if (a.last) y = torch::stable::permute(y, Shape(order, 4));

@@ -21,14 +21,17 @@ constexpr double kTwoOverPi = 0.63661977236758134308;
 constexpr double kLargest = 134217728;         // quarter turns: beyond 2^27 their rounding, 2^-53 of it, shows in float32
 constexpr double kToInteger = 6755399441055744;  // 1.5 2^52: adding it rounds to the nearest integer, kept in the low bits
 
+typedef uint32_t half_vu FD_VECTOR(kBytes / 2);
+
 // One row: whole vectors all along, so that rows have room for a multiple of W.
 template <class T>
 void embed_row(const Embedding& a, double t, const double* turns, bool far, float* q, uint32_t* quarter, T* sines,
                T* cosines) {
-  for (int64_t i = 0; i < a.h; ++i) {
-    const double u = t * turns[i], shifted = u + kToInteger;
-    q[i] = static_cast<float>(u - (shifted - kToInteger));
-    quarter[i] = static_cast<uint32_t>(bits_as<uint64_t>(shifted));
+  for (int64_t i = 0; i < a.h; i += W / 2) {
+    const vd u = t * wide(turns + i), shifted = u + kToInteger;
+    narrow(q + i, u - (shifted - kToInteger));
+    const auto low = __builtin_convertvector(reinterpret_cast<vq>(shifted), half_vu);
+    __builtin_memcpy(quarter + i, &low, sizeof low);
   }
   for (int64_t i = 0; i < a.h; i += W) {
     const int left = a.h - i < W ? static_cast<int>(a.h - i) : W;
@@ -57,6 +60,7 @@ template <class T> void embed(const Embedding& a) {
     turns[i] = a.freqs[i] * (a.scale * kTwoOverPi);
     largest = __builtin_fmax(largest, __builtin_fabs(turns[i]));  // skips NaN
   }
+  for (int64_t i = a.h; i < room; ++i) turns[i] = 0;
   parallel_for(a.n, 1 + 4096 / (a.h + 1), [&](int64_t begin, int64_t end) {
     const Scratch memory(room * (sizeof(float) + sizeof(uint32_t)));
     float* q = reinterpret_cast<float*>(memory.data);

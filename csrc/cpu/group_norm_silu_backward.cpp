@@ -18,11 +18,11 @@ void group_norm_silu_backward(const GroupNormSilu& a) { FASTDIFF_DISPATCH(group_
 
 #include "cpu/group_norm.h"
 
-// dy silu'(s). Rough only where nothing but a 16-bit dx comes of it: parameters' gradients are sums in their own types.
-template <class T, bool silu, bool rough> FD_INLINE Vec<Acc<T>> slope(Vec<Acc<T>> s, Vec<Acc<T>> dy) {
+// dy silu'(s), to the same bits in both passes: in a group of one element dx is 0, all of ds cancelled by its mean.
+template <class T, bool silu> FD_INLINE Vec<Acc<T>> slope(Vec<Acc<T>> s, Vec<Acc<T>> dy) {
   typedef Vec<Acc<T>> V;
   if constexpr (!silu) return dy;
-  const V one = splat<V>(1.0f), sigma = divide<rough>(one, inverse_sigmoid<rough>(s));
+  const V one = splat<V>(1.0f), sigma = sigmoid(s);
   return dy * sigma * fma(s, one - sigma, one);
 }
 
@@ -102,7 +102,7 @@ FD_INLINE void sums_run(const T* x, const T* dy, T* kept, int64_t n, const Chann
     const int64_t last = first + chunk < n ? first + chunk : n;
     V vp[2] = {}, vq[2] = {}, vh[2] = {};
     const auto one = [&](V vx, V vdy, int j) __attribute__((always_inline)) {
-      const V u = vx - m, ds = slope<T, silu, false>(fma(u, a, b), vdy);
+      const V u = vx - m, ds = slope<T, silu>(fma(u, a, b), vdy);
       vp[j] += ds;
       vq[j] = fma(ds, u, vq[j]);
       vh[j] += u;
@@ -134,7 +134,7 @@ FD_INLINE void dx_run(const T* x, const T* dy, T* dx, int64_t n, const ChannelTa
   const T* top = kKeeps<T> ? dx : dy;
   const auto one = [&](V vx, V t) __attribute__((always_inline)) {
     const V u = vx - m;
-    if constexpr (!kKeeps<T>) t = slope<T, silu, kRough<T>>(fma(u, a, b), t);
+    if constexpr (!kKeeps<T>) t = slope<T, silu>(fma(u, a, b), t);
     return fma(t, a, fma(u, v, k));
   };
   int64_t i = 0;
@@ -185,7 +185,7 @@ __attribute__((noinline)) void sums_stretch(const GroupNormSilu& g, int64_t n, i
     each<M>([&](int j) __attribute__((always_inline)) {
       ahead(x + kAhead * g.x.s, j), ahead(dy + kAhead * g.dy.s, j);
       const V u = load_at<J>(x, j, some) - m[j];
-      const V ds = slope<T, silu, false>(fma(u, a[j], b[j]), load_at<J>(dy, j, some));
+      const V ds = slope<T, silu>(fma(u, a[j], b[j]), load_at<J>(dy, j, some));
       if constexpr (kKeeps<T>) store_at<J>(kept, ds, j, some);
       p[j] += ds;
       q[j] = fma(ds, u, q[j]);
@@ -232,7 +232,7 @@ void dx_rows(const GroupNormSilu& g, int64_t n, const ChannelTable<Acc<T>>& map,
         each<M>([&](int j) __attribute__((always_inline)) {
           const V u = load_at<J>(x, j, some) - m[j];
           V ds = load_at<J>(top, j, some);
-          if constexpr (!kKeeps<T>) ds = slope<T, silu, kRough<T>>(fma(u, a[j], b[j]), ds);
+          if constexpr (!kKeeps<T>) ds = slope<T, silu>(fma(u, a[j], b[j]), ds);
           store_at<J>(dx, fma(ds, a[j], fma(u, v[j], k[j])), j, some);
         });
       }

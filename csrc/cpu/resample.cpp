@@ -90,6 +90,22 @@ template <class T> FD_INLINE void pixel_directly(const Resample& a, const Hits& 
   weighed<T>([&](int64_t j) { return terms[j]; }, count, a.c, y);
 }
 
+template <class A> FD_INLINE bool is_one(const Resample& a, int64_t tap) { return static_cast<const A*>(a.taps)[tap] == 1; }
+template <class T> FD_INLINE bool is_copy(const Resample& a, const Hits& v, const Hits& h) {
+  return v.count == 1 && h.count == 1 && is_one<Acc<T>>(a, v.tap) && is_one<Acc<T>>(a, h.tap);
+}
+// `times` copies of n elements, one after the other, from one reading (nearest neighbour).
+template <class T> FD_INLINE void copies(const T* x, int64_t n, int64_t times, T* y) {
+  constexpr int64_t N = kBytes / sizeof(T);
+  int64_t i = 0;
+  for (; i + N <= n; i += N) {
+    vf v;
+    __builtin_memcpy(&v, x + i, kBytes);
+    for (int64_t k = 0; k < times; ++k) __builtin_memcpy(y + k * n + i, &v, kBytes);
+  }
+  for (int64_t k = 0; i < n && k < times; ++k) std::memcpy(static_cast<void*>(y + k * n + i), x + i, (n - i) * sizeof(T));
+}
+
 template <class T> void rows_last(const Resample& a, const Tables& tables) {
   typedef Acc<T> A;
   const int64_t most = (a.count + a.up - 1) / a.up;
@@ -103,9 +119,13 @@ template <class T> void rows_last(const Resample& a, const Tables& tables) {
       T* y = a.y.at<T>(n, 0, row);
       const T* x = a.x.at<const T>(n, 0, v.index);
       if (directly) {
-        for (int64_t o = 0; o < a.out_w; ++o) {
+        for (int64_t o = 0, same = 1; o < a.out_w; o += same, same = 1) {
           const Hits h = tables.columns[o];
-          pixel_directly(a, v, h, x + h.index * a.x.w, y + o * a.c);
+          while (o + same < a.out_w && tables.columns[o + same] == h) ++same;
+          const T* from = x + h.index * a.x.w;
+          if (is_copy<T>(a, v, h)) copies(from, a.c, same, y + o * a.c);
+          else
+            for (int64_t i = o; i < o + same; ++i) pixel_directly(a, v, h, from, y + i * a.c);
         }
         continue;
       }

@@ -181,7 +181,8 @@ def why_not_resnet(block) -> str:
         "down": block.downsample is not None,
         "output_scale_factor": block.output_scale_factor,
     }
-    return _rehearsed_resnet(_own_class(block), tuple(flags.items()))
+    own = _own_class(block)
+    return _rehearsed_resnet(own, own.forward, tuple(flags.items()))
 
 
 def why_not_attention(block) -> str:
@@ -201,7 +202,8 @@ def why_not_attention(block) -> str:
         if holds:
             return reason
     flags = {"processor": type(block.processor), "rescale_output_factor": block.rescale_output_factor}
-    return _rehearsed_attention(_own_class(block), tuple(flags.items()))
+    own = _own_class(block)
+    return _rehearsed_attention(own, own.forward, tuple(flags.items()))
 
 
 @contextlib.contextmanager
@@ -227,7 +229,7 @@ def _agree(block: Any, kind: type[Fast], norms: tuple[str, ...], *inputs) -> str
 
 
 @functools.cache
-def _rehearsed_resnet(cls: Any, flags: tuple) -> str:
+def _rehearsed_resnet(cls: Any, _forward: Callable, flags: tuple) -> str:
     options = dict(flags)
     with _apart():
         try:
@@ -239,7 +241,7 @@ def _rehearsed_resnet(cls: Any, flags: tuple) -> str:
 
 
 @functools.cache
-def _rehearsed_attention(cls: Any, flags: tuple) -> str:
+def _rehearsed_attention(cls: Any, _forward: Callable, flags: tuple) -> str:
     options = dict(flags)
     with _apart():
         try:

@@ -10,6 +10,7 @@ from torch.nn.modules.dropout import _DropoutNd
 from fastdiff import ops
 from fastdiff.accelerate.derived import cacheable, derived
 from fastdiff.accelerate.swap import Fast, plain
+from fastdiff.ops._register import functorch_active
 
 WINOGRAD = "winograd4"
 # Below so many pixels in the batch, or input channels, reading the packed weights takes longer than it saves.
@@ -74,7 +75,7 @@ def has_packed() -> bool:
 
 def eager_inference(x: Tensor) -> bool:
     """Eager float32 inference on a CPU, where parameters may be prepared once and kept."""
-    if torch.compiler.is_compiling() or torch.is_grad_enabled() or type(x) is not Tensor:
+    if torch.compiler.is_compiling() or torch.is_grad_enabled() or type(x) is not Tensor or functorch_active():
         return False
     return x.device.type == "cpu" and x.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
 

@@ -11,6 +11,7 @@ forward computes what the old one does whatever becomes of them. Everything else
 
 import ast
 import copy
+import functools
 import inspect
 import linecache
 import types
@@ -77,12 +78,10 @@ def _target(statement: ast.stmt) -> str | None:
 
 def _continues(statement: ast.stmt, name: str | None) -> bool:
     """`T = reference(T)`, the reference not being T's own."""
-    if name is None or _target(statement) != name:
+    if name is None or _target(statement) != name or not _applies(statement.value):  # type: ignore[attr-defined]
         return False
-    value = statement.value  # type: ignore[attr-defined]
-    return _applies(value) and isinstance(value.args[0], ast.Name) and value.args[0].id == name and not _mentions(
-        value.func, name
-    )  # fmt: skip
+    function, argument = statement.value.func, statement.value.args[0]  # type: ignore[attr-defined]
+    return isinstance(argument, ast.Name) and argument.id == name and not _mentions(function, name)
 
 
 class _Rewriter(ast.NodeTransformer):
@@ -161,7 +160,8 @@ class _Rewriter(ast.NodeTransformer):
     def _leave(self, node):
         return node
 
-    visit_Lambda = visit_ClassDef = visit_AsyncFunctionDef = _leave
+    # A handler of exceptions could see the name before it is overwritten.
+    visit_Lambda = visit_ClassDef = visit_AsyncFunctionDef = visit_Try = visit_TryStar = _leave
 
     def generic_visit(self, node):
         for field in ("body", "orelse", "finalbody"):
@@ -243,12 +243,20 @@ def _cells(function: types.FunctionType) -> dict:
     return dict(zip(function.__code__.co_freevars, function.__closure__ or (), strict=True))
 
 
+def _content(cell) -> object:
+    """What a cell of a closure holds; None where nothing yet."""
+    try:
+        return cell.cell_contents
+    except ValueError:
+        return None
+
+
 def _undecorated(function: Callable) -> tuple[types.FunctionType, list[types.FunctionType]]:
     """The function below decorators that keep it in a closure, and these, outermost first."""
     around: list[types.FunctionType] = []
     while isinstance(function, types.FunctionType) and hasattr(function, "__wrapped__"):
         inner = function.__wrapped__
-        if not any(cell.cell_contents is inner for cell in _cells(function).values()):
+        if not any(_content(cell) is inner for cell in _cells(function).values()):
             raise Unreadable("its forward is decorated in a way that hides it")
         around.append(function)
         function = inner
@@ -259,7 +267,12 @@ def _undecorated(function: Callable) -> tuple[types.FunctionType, list[types.Fun
 
 def rewrite(cls: type[nn.Module], norms: tuple[str, ...]) -> tuple[types.FunctionType, list[Chain], types.FunctionType]:
     """cls.forward with the chains that begin at an attribute in `norms` joined; the chains; the function they are in."""
-    function, around = _undecorated(inspect.getattr_static(cls, "forward"))
+    return _rewritten(inspect.getattr_static(cls, "forward"), norms)
+
+
+@functools.cache
+def _rewritten(forward: Callable, norms: tuple[str, ...]):
+    function, around = _undecorated(forward)
     text = _read(function)
     rewriter = _Rewriter(text.node.args.args[0].arg, norms, function.__code__.co_cellvars)
     text = text._replace(node=rewriter.visit(text.node))
@@ -268,7 +281,7 @@ def rewrite(cls: type[nn.Module], norms: tuple[str, ...]) -> tuple[types.Functio
     made = _with_code(function, _compiled(text, free, function.__code__), cells)
     for wrapper in reversed(around):
         inner = wrapper.__wrapped__  # type: ignore[attr-defined]
-        replaced = {n: types.CellType(made) if c.cell_contents is inner else c for n, c in _cells(wrapper).items()}
+        replaced = {n: types.CellType(made) if _content(c) is inner else c for n, c in _cells(wrapper).items()}
         below, made = made, _with_code(wrapper, wrapper.__code__, replaced)
         made.__wrapped__ = below  # type: ignore[attr-defined]
     return made, rewriter.chains, function

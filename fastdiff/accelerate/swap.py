@@ -5,6 +5,7 @@ libraries that note a class by name notice nothing. Undoing it gives the class b
 """
 
 import functools
+import inspect
 from typing import Any
 
 from torch import nn
@@ -32,9 +33,14 @@ def _new(base: Any, kind: Any, *options) -> nn.Module:
     return object.__new__(fast_class(base, kind, *options))
 
 
-@functools.cache
 def fast_class(base: Any, kind: Any, *options) -> type[nn.Module]:
     """`base` with the methods of `kind` before its own."""
+    return _made(base, kind, options, inspect.getattr_static(base, "forward"))
+
+
+@functools.cache
+def _made(base: Any, kind: Any, options: tuple, _forward: Any) -> type[nn.Module]:
+    """One class for as long as base keeps its forward: others patch classes too."""
     names = {"__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__}
     own = names | {"original": base, "kind": kind, "options": options}
     return type(base.__name__, (kind, base), own | kind.members(base, *options))

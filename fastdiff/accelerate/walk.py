@@ -189,6 +189,8 @@ def _why_not_convolution(layer: nn.Conv2d) -> str:
     usual = layer.stride == layer.dilation == (1, 1) and layer.padding in ((1, 1), "same") and layer.groups == 1
     if not usual or layer.padding_mode != "zeros":
         return "it is strided, dilated, grouped or padded with other than one zero"
+    if layer.in_channels < layers.CHANNELS:
+        return f"it has fewer than {layers.CHANNELS} input channels, too few for packed weights to pay"
     return _why_not_parameters(layer)
 
 

@@ -5,6 +5,7 @@ import datetime
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import typer
 
@@ -38,7 +39,7 @@ def run(
     if out is not None:
         check_folder(out)
     loaded = [(name, load(name)) for name in models]
-    judge = load_classifier(_judge(classifier, loaded))
+    judge = load_classifier(judge_of(classifier, loaded))
     images = load_images(data)
     for name, model in loaded:
         if model.shape is not None and tuple(model.shape) != images.shape:
@@ -50,13 +51,14 @@ def run(
     typer.echo(
         f"judge: {judge.name}; data: {len(images):,} images of {name}, a half each for reference and floor. FD is no FID."
     )
+    rows: list[dict[str, Any]] = []
     record = {
         "classifier": judge.info | {"name": judge.name, "accuracy_here": reference.accuracy},
         "data": images.about | {"images": len(images), "fingerprint": images.fingerprint},
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "versions": versions(),
         "threads": os.environ.get("OMP_NUM_THREADS", os.cpu_count()),
-        "rows": [],
+        "rows": rows,
     }
     for name, model in loaded:
         for k in counts:
@@ -73,13 +75,19 @@ def run(
                 **parse_options(option or []),
             )
             lines = table([(Path(name).stem, row)]).splitlines()
-            typer.echo("\n".join(lines if not record["rows"] else lines[1:]))
-            record["rows"].append({"model": name, "hash": model.hash(), "dtype": dtype} | dataclasses.asdict(row))
+            typer.echo("\n".join(lines if not rows else lines[1:]))
+            rows.append({"model": name, "hash": model.hash(), "dtype": dtype} | dataclasses.asdict(row))
             if out is not None:
-                text = json.dumps(record, indent=1) + "\n"
-                atomically(out, lambda temporary, text=text: Path(temporary).write_text(text) and None)
+                _write(out, record)
     if out is not None:
         typer.echo(f"wrote {out}")
+
+
+def _write(out: Path, record: dict[str, Any]) -> None:
+    def put(temporary: str) -> None:
+        Path(temporary).write_text(json.dumps(record, indent=1) + "\n")
+
+    atomically(out, put)
 
 
 def parse_nfe(text: str) -> list[int]:
@@ -90,7 +98,7 @@ def parse_nfe(text: str) -> list[int]:
     return [int(part) for part in parts]
 
 
-def _judge(classifier: Path | None, loaded: list[tuple[str, Model]]) -> Path:
+def judge_of(classifier: Path | None, loaded: list[tuple[str, Model]]) -> Path:
     """The file of the classifier: the one given, or a packaged one that fits every model."""
     if classifier is not None:
         return classifier

@@ -49,6 +49,7 @@ class Kept:
         self.made: OrderedDict[Any, tuple[Any, Fingerprint]] = OrderedDict()
         self.lock = threading.RLock()
         self.operations: int | None = None  # of one evaluation of one image
+        self.evaluations = 0  # of images, by the network itself, in all calls: what a program would have saved counts
 
     def __deepcopy__(self, memo) -> "Kept":
         return Kept()
@@ -122,14 +123,19 @@ def _device(network) -> torch.device:
 
 
 def _too_little(model: Model, network, where: torch.device, dtype: torch.dtype, evaluations: int) -> str:
-    """Why a program does not pay for so many evaluations; empty where it does."""
+    """Why a program does not pay for so many evaluations and those before; empty where it does.
+
+    So a model that is sampled again and again gets one when it would have been worth it, and at most twice the least
+    possible time is lost.
+    """
     if where.type != "cpu":
         return "programs on GPUs are not measured yet; compile='fast' makes one"
     store, resolution = kept(model), network.config.resolution
     if store.operations is None:
         store.operations = Program(network, torch.float32, (resolution, resolution)).operations
     speed = OPERATIONS_PER_SECOND * torch.get_num_threads() * (2 if dtype == torch.bfloat16 else 1)
-    saved = SAVED * store.operations * evaluations / speed
+    store.evaluations += evaluations
+    saved = SAVED * store.operations * store.evaluations / speed
     cost = SECONDS + SECONDS_PER_WEIGHT * sum(p.numel() for p in network.parameters())
     return "" if saved > cost else f"compiling takes some {cost:.1f} s and would save {saved:.1f} s; compile='fast' does it"
 

@@ -11,7 +11,7 @@ import os
 from collections.abc import Callable, Mapping
 
 import torch
-from torch.autograd import Function
+from torch.autograd import Function, forward_ad
 
 NAMESPACE = "fastdiff"
 _LIBRARY = torch.library.Library(NAMESPACE, "DEF")
@@ -67,7 +67,7 @@ def overload(name: str):
 
 
 def differentiable(name: str, save: Callable, backward: Callable, jvp: Callable) -> Callable:
-    """Give `fastdiff::name` reverse- and forward-mode derivatives; returns the callable for eager functorch calls.
+    """Give `fastdiff::name` reverse- and forward-mode derivatives; returns the callable that an op's wrapper ends with.
 
     save(args, out) -> (tensors, rest): what both derivatives need. backward(tensors, rest, needs, *grads) -> gradients
     of all arguments. jvp(tensors, rest, *tangents) -> tangent of the first output. Outputs after the first are not
@@ -115,8 +115,22 @@ def differentiable(name: str, save: Callable, backward: Callable, jvp: Callable)
     def autograd(*args):
         return Below.apply(*args)
 
+    def call(*args):
+        if torch.compiler.is_compiling() or torch.is_inference_mode_enabled():
+            return op(*args)
+        if torch._C._are_functorch_transforms_active():
+            return Twin.apply(*args)
+        if forward_ad._current_level >= 0 or (torch.is_grad_enabled() and any(map(_requires_grad, args))):
+            return op(*args)
+        with torch._C._AutoDispatchBelowAutograd():  # Function.apply's bookkeeping costs as much as the rest of a call
+            return op(*args)
+
     _LIBRARY.impl(name, autograd, "Autograd")
-    return Twin.apply
+    return call
+
+
+def _requires_grad(argument) -> bool:
+    return isinstance(argument, torch.Tensor) and argument.requires_grad
 
 
 class _Once(Function):

@@ -65,7 +65,7 @@ def _jvp(tensors, rest, dx0, dseeds, dc, *_):
     return out
 
 
-_twin = _register.differentiable("add_noise", _save, _backward, _jvp)
+_call = _register.differentiable("add_noise", _save, _backward, _jvp)
 
 
 def add_noise(
@@ -102,5 +102,4 @@ def add_noise(
         raise ValueError(f"coefficients: expected [{x0.shape[0]}, K, 2], got {tuple(coefficients.shape)}")
     if not coefficients.is_floating_point():
         raise TypeError(f"coefficients: expected a floating-point tensor, got {coefficients.dtype}; use float32 or float64")
-    call = _twin if _register.functorch_active() else torch.ops.fastdiff.add_noise
-    return call(x0, seeds, coefficients, draw, int(domain))
+    return _call(x0, seeds, coefficients, draw, int(domain))

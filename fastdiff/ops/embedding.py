@@ -35,8 +35,7 @@ def _save(args, out):
 def _sine_cosine(t, freqs, scale):
     """sin, cos of the angles [B, H] in float32, or in float64 where an argument is."""
     wide = torch.promote_types(torch.promote_types(t.dtype, freqs.dtype), torch.float32)
-    call = _twin if _register.functorch_active() else torch.ops.fastdiff.embedding
-    return call(t, freqs, scale, True, wide).chunk(2, 1)
+    return _call(t, freqs, scale, True, wide).chunk(2, 1)
 
 
 def _backward(tensors, rest, needs, grad):
@@ -61,7 +60,7 @@ def _jvp(tensors, rest, dt, dfreqs, *_):
     return torch.cat(halves if rest["sin_first"] else halves[::-1], 1).to(rest["dtype"])
 
 
-_twin = _register.differentiable("embedding", _save, _backward, _jvp)
+_call = _register.differentiable("embedding", _save, _backward, _jvp)
 
 
 def frequencies(
@@ -121,5 +120,4 @@ def embedding(
     dtype = t.dtype if dtype is None else dtype
     if not dtype.is_floating_point:
         raise TypeError(f"dtype: {dtype} is not a floating-point type; use torch.float32, bfloat16, float16 or float64")
-    call = _twin if _register.functorch_active() else torch.ops.fastdiff.embedding
-    return call(t, freqs, float(scale), bool(sin_first), dtype)
+    return _call(t, freqs, float(scale), bool(sin_first), dtype)

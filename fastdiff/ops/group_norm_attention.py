@@ -198,7 +198,7 @@ def _jvp(tensors, rest, dx, dnw, dnb, _groups, _eps, dqw, dqb, dow, dob, *_):
     return ((dy if dx is None else dy + dx) * out_scale).to(x.dtype)
 
 
-_twin = _register.differentiable("group_norm_attention", _save, _backward, _jvp)
+_call = _register.differentiable("group_norm_attention", _save, _backward, _jvp)
 
 
 def group_norm_attention(
@@ -248,9 +248,8 @@ def group_norm_attention(
     _check(x, norm_weight, norm_bias, groups, qkv_weight, qkv_bias, out_weight, out_bias, heads, eps, stats)
     if scale is None:
         scale = (out_weight.shape[1] // heads) ** -0.5
-    call = _twin if _register.functorch_active() else torch.ops.fastdiff.group_norm_attention
     args = (norm_weight, norm_bias, groups, float(eps), qkv_weight, qkv_bias, out_weight, out_bias, heads)
-    return call(x, *args, float(scale), float(out_scale), stats)[0]
+    return _call(x, *args, float(scale), float(out_scale), stats)[0]
 
 
 def _check(x, norm_weight, norm_bias, groups, qkv_weight, qkv_bias, out_weight, out_bias, heads, eps, stats):

@@ -166,7 +166,7 @@ def _jvp(tensors, rest, dx, dw, db, _groups, _eps, dadd, dscale, dshift, *_):
     return ds.to(x.dtype)
 
 
-_twin = _register.differentiable("group_norm_silu", _save, _backward, _jvp)
+_call = _register.differentiable("group_norm_silu", _save, _backward, _jvp)
 
 
 def group_norm_silu(
@@ -202,8 +202,7 @@ def group_norm_silu(
     References: Wu and He 2018; Dhariwal and Nichol 2021 (scale and shift).
     """
     _check(x, weight, bias, groups, eps, add, scale, shift, stats)
-    call = _twin if _register.functorch_active() else torch.ops.fastdiff.group_norm_silu
-    return call(x, weight, bias, groups, float(eps), add, scale, shift, stats, silu)[0]
+    return _call(x, weight, bias, groups, float(eps), add, scale, shift, stats, silu)[0]
 
 
 def _check(x, weight, bias, groups, eps, add, scale, shift, stats):
@@ -214,14 +213,16 @@ def _check(x, weight, bias, groups, eps, add, scale, shift, stats):
         raise ValueError(f"groups: {groups} does not divide the {c} channels of x; choose a divisor of {c}")
     if not eps >= 0:
         raise ValueError(f"eps: {eps} is negative; use a small number such as 1e-5")
-    expected = {"weight": (c,), "bias": (c,), "add": (n, c), "scale": (n, c), "shift": (n, c), "stats": (n, groups, 2)}
-    given = {"weight": weight, "bias": bias, "add": add, "scale": scale, "shift": shift, "stats": stats}
-    for name, tensor in given.items():
+    device = x.device
+    for name, tensor, shape in (
+        ("weight", weight, (c,)), ("bias", bias, (c,)), ("add", add, (n, c)), ("scale", scale, (n, c)),
+        ("shift", shift, (n, c)), ("stats", stats, (n, groups, 2)),
+    ):  # fmt: skip
         if tensor is None:
             continue
-        if tuple(tensor.shape) != expected[name]:
-            raise ValueError(f"{name}: {tuple(tensor.shape)} does not fit x {tuple(x.shape)}; expected {expected[name]}")
+        if tensor.shape != shape:
+            raise ValueError(f"{name}: {tuple(tensor.shape)} does not fit x {tuple(x.shape)}; expected {shape}")
         if not tensor.is_floating_point():
             raise TypeError(f"{name}: expected a floating-point tensor, got {tensor.dtype}")
-        if tensor.device != x.device:
-            raise ValueError(f"{name}: is on {tensor.device}, x on {x.device}; move it to {x.device}")
+        if tensor.device != device:
+            raise ValueError(f"{name}: is on {tensor.device}, x on {device}; move it to {device}")

@@ -51,10 +51,6 @@ _register.define(
 )
 
 
-def _call(*args):
-    return (_twin if _register.functorch_active() else torch.ops.fastdiff.resample)(*args)
-
-
 def _save(args, out):
     x, taps, up, down, p0, height, width = args
     rest = {"up": up, "down": down, "p0": p0, "in": x.shape[2:], "out": (height, width), "outputs": 1}
@@ -75,7 +71,7 @@ def _jvp(tensors, rest, dx, *_):
     return _call(dx, *tensors, rest["up"], rest["down"], rest["p0"], *rest["out"])
 
 
-_twin = _register.differentiable("resample", _save, _backward, _jvp)
+_call = _register.differentiable("resample", _save, _backward, _jvp)
 
 
 def resample(

@@ -168,11 +168,7 @@ def _jvp(tensors, rest, dt, *_):
     return (dt[..., None] * _slopes(tensors, rest)).to(rest["dtype"])
 
 
-_twin = _register.differentiable("schedule_coefficients", _save, _backward, _jvp)
-
-
-def _call(*args):
-    return (_twin if _register.functorch_active() else torch.ops.fastdiff.schedule_coefficients)(*args)
+_call = _register.differentiable("schedule_coefficients", _save, _backward, _jvp)
 
 
 def schedule_coefficients(

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from fastdiff.atomic import atomically
+from fastdiff.atomic import atomically, remove_leftovers
 
 STATE = "state.pt"
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -89,8 +89,7 @@ def read(out: Path, device: torch.device) -> dict[str, Any] | None:
 
     Raises: ValueError where the file is damaged, naming an older one that is there.
     """
-    for unfinished in out.glob(".*.part"):
-        unfinished.unlink()
+    remove_leftovers(out)
     path = out / STATE
     if not path.exists():
         return None

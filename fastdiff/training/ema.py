@@ -15,7 +15,7 @@ class Averages:
 
     def __init__(self, network: nn.Module, halflives: Iterable[int], rampup: float = 0.05):
         self.halflives, self.rampup = tuple(halflives), rampup
-        self._source = list(network.parameters())
+        self._source: list[Tensor] = list(network.parameters())
         self.weights: list[list[Tensor]] = [[p.detach().clone() for p in self._source] for _ in self.halflives]
 
     @torch.no_grad()  # or the averages would hold the graph of every step, and no resumed run could update them

@@ -3,6 +3,7 @@
 import dataclasses
 import difflib
 import math
+from typing import Any
 
 from fastdiff.denoiser import Prediction
 from fastdiff.schedules import DDPM, EDM, VE, VP, Flow, SubVP
@@ -42,7 +43,7 @@ TIMES = {1: [80.0], 2: [80.0, 1.4], 4: [80.0, 7.0, 1.2, 1.0]}
 _mnist = TrainConfig("edm", MNIST, EDM(), Prediction("edm"), images=360_000, lr=2e-3)
 _mnist_cm = dataclasses.replace(_mnist, prediction=CONSISTENCY, images=300_000, lr=1e-3, optimizer="radam", times=TIMES)
 _mnist_cd = dataclasses.replace(_mnist_cm, loss="cd", init="mnist-edm")
-_published = {"betas": (0.9, 0.999), "decay": False}
+_published: dict[str, Any] = {"betas": (0.9, 0.999), "decay": False}
 _edm = TrainConfig(
     "edm", DDPMPP, EDM(), Prediction("edm"), images=200_000_000, batch=512, lr=1e-3, warmup=10_000_000, clip=0.0,
     augment=0.12, **_published,

@@ -76,7 +76,7 @@ class Trainer:
         torch.manual_seed(config.seed)
         self.network = UNet(config.network)
         if init is not None:
-            self.network.load_state_dict(init.network.state_dict())
+            self.network.load_state_dict(init.state)
         self.network.to(self.device).to(memory_format=torch.channels_last).train()
         self.loss.start(self.network)
         self.forward = torch.compile(self.network) if config.compile else self.network

@@ -179,6 +179,7 @@ def test_views(isa, accurate):
         base.transpose(2, 3),
         base[:, ::2],
         base[:1].expand(4, -1, -1, -1),
+        base[:, :, :1, :1].contiguous().expand(4, 12, 10, 12),  # pixels that are all one
         base.permute(0, 3, 1, 2),
     ):
         args = inputs(4, x.shape[1], 8, 2, 2, x.shape[2:])
