@@ -65,7 +65,8 @@ def choose(
         else:
             key = _key(step, program)
             fastest[key] = chosen = fastest.get(key) or _measure(step, program, names, batch)
-        bind(step, chosen, program, (packed or {}).get(step.name))
+        kept = packed if packed and given and chosen == given.get(step.name) else {}
+        bind(step, chosen, program, kept.get(step.name))
 
 
 def _key(step: Conv3x3, program: Program) -> tuple:
@@ -87,11 +88,11 @@ def _trial(step: Conv3x3, program: Program, name: str, batch: int) -> tuple[Valu
     """The step on noise. After a library's convolution a norm takes its statistics itself; after others it has them."""
     h, w = program.sizes[step.name]
     outputs, inputs = step.weight.shape[:2]
-    step = dataclasses.replace(step)
+    step, generator = dataclasses.replace(step), torch.Generator().manual_seed(0)  # not the caller's random state
     bind(step, name, program)
 
     def noise(channels: int) -> Tensor:
-        return torch.randn(batch, h, w, channels).permute(0, 3, 1, 2).to(program.dtype)
+        return torch.randn(batch, h, w, channels, generator=generator).permute(0, 3, 1, 2).to(program.dtype)
 
     v: Values = [None] * program.values
     v[step.x] = noise(inputs)

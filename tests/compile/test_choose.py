@@ -56,7 +56,9 @@ def test_given_choices_are_not_measured(clock):
 def test_a_trial_runs_the_step():
     """What is timed is the step itself, norm, residual and statistics included."""
     network = awake(NETWORKS["adm"])
+    state = torch.get_rng_state()
     program = program_of(network, torch.float32)
+    assert torch.equal(torch.get_rng_state(), state), "the caller's random numbers are left alone"
     fresh = type(program)(network, torch.float32, program.size)
     for step in fresh.convolutions:
         for name in choose.candidates(step, torch.float32):
