@@ -221,7 +221,7 @@ def run(
                 adjust=adjustment(threshold, guide[0].rescale if guide else 0.0, *kept_here),
                 on_row=on_row if trajectory or callback is not None else None,
             )
-            results.append(x if mask is None else keep(x, *(v.to(x) for v in kept_here)))
+            results.append(x if mask is None else keep(x, *(v.to(x) for v in kept_here if v is not None)))
         result = torch.cat(results)
         _check_finite(result, model)
         result = 2 * result - 1 if model.convention.unit_images else result
