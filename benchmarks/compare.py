@@ -197,7 +197,7 @@ def draw(rows: list[Result], floors: dict[str, float], title: str, path: Path) -
         axis.set_xlim(0, 1.2 * max([r.median_ms for r in kept] + [floors[precision]]))
         axis.set_xlabel("milliseconds")
         axis.set_title(precision)
-        axis.legend(loc="lower right", fontsize=8)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="upper right", fontsize=8)
     figure.suptitle(title)
     figure.tight_layout()
     figure.savefig(path, dpi=120)
