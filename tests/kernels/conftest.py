@@ -1,76 +1,8 @@
 """The launchers on a GPU where there is one, else under Triton's interpreter, with nothing left over for other tests."""
 
-import importlib
-import os
-import sys
-from pathlib import Path
-
 import pytest
 import torch
-
-sys.path.append(str(Path(__file__).parent))  # for kernel_checks and edge_kernel: --import-mode=importlib adds no path
-HAS_GPU = torch.cuda.is_available()
-KERNELS = [p.stem for p in Path(__file__).parents[2].glob("kernels/triton/*.py") if p.stem != "__init__"]
-
-
-def _round_to_bfloat16(numpy, interpreter):
-    """The interpreter truncates float32 to bfloat16 (triton 3.6 to 3.9); the hardware rounds, and so must the tests."""
-    truncating = interpreter._convert_float
-
-    def convert(data, source, target, rounding_mode):
-        if str(source) == "fp32" and str(target) == "bf16":
-            rounded = torch.from_numpy(numpy.ascontiguousarray(data)).to(torch.bfloat16)
-            return rounded.view(torch.int16).numpy().view(numpy.uint16).reshape(data.shape)
-        return truncating(data, source, target, rounding_mode)
-
-    interpreter._convert_float = convert
-
-
-def _multiply_bfloat16(numpy, interpreter):
-    """The interpreter's tl.dot multiplies the bits of bfloat16 operands as integers; here they are widened first."""
-    integers = interpreter.InterpreterBuilder.create_dot
-
-    def widened(t):
-        if str(t.dtype.scalar) != "bf16":
-            return t
-        values = (t.data.astype(numpy.uint32) << 16).view(numpy.float32)
-        return interpreter.TensorHandle(values, interpreter.tl.float32)
-
-    def create_dot(self, a, b, d, *options):
-        return integers(self, widened(a), widened(b), d, *options)
-
-    interpreter.InterpreterBuilder.create_dot = create_dot
-
-
-def _interpret():
-    """Import Triton and the kernels with TRITON_INTERPRET=1, which is read when a kernel is decorated, then take it back."""
-    if "triton" in sys.modules:
-        import triton
-
-        if type(triton.language.zeros_like).__name__ != "InterpretedFunction":
-            return "Triton was imported before tests/kernels could ask for its interpreter"
-    before = os.environ.get("TRITON_INTERPRET")
-    os.environ["TRITON_INTERPRET"] = "1"
-    try:
-        import numpy
-        import triton.experimental.gluon  # else imported at the first launch, with the variable gone
-        from triton.runtime import interpreter
-
-        _round_to_bfloat16(numpy, interpreter)
-        _multiply_bfloat16(numpy, interpreter)
-        for name in (*(f"fastdiff.kernels.{name}" for name in KERNELS), "edge_kernel"):
-            importlib.import_module(name)
-    except ImportError as error:
-        return str(error)
-    finally:
-        if before is None:
-            del os.environ["TRITON_INTERPRET"]
-        else:
-            os.environ["TRITON_INTERPRET"] = before
-    return None
-
-
-WHY_NOT = None if HAS_GPU else _interpret()
+from interpreter import HAS_GPU, WHY_NOT
 
 
 @pytest.fixture
