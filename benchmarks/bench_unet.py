@@ -17,9 +17,12 @@ CASES = [(net, batch) for net in ("ddpm-cifar10", "edm-cifar10", "adm-imagenet64
 ALLOWED = {"lossless": 2e-5, "high": 2.5e-2}
 
 
-@pytest.mark.parametrize(("net", "batch"), harness.with_full(CASES, [("ddpm-cifar10", 1)]))
+@pytest.mark.parametrize(
+    "which", harness.with_full(CASES, [("ddpm-cifar10", 1)]), ids=lambda which: f"{which[0]}-{which[1]}"
+)
 @pytest.mark.parametrize("quality", ["lossless", "high"])
-def test_unet(compare, device, net, batch, quality):
+def test_unet(compare, device, which, quality):
+    net, batch = which
     case = Case(net, batch, Path())
     model = case.model()
     model.network.to(device)
