@@ -30,7 +30,8 @@ def diffusers_loop(network, shape, labels):
         scheduler.set_timesteps(2, device=labels.device)
         x = torch.randn(shape, device=labels.device) * scheduler.init_noise_sigma
         for t in scheduler.timesteps:
-            x = scheduler.step(network(scheduler.scale_model_input(x, t), t.expand(len(x)), labels), t, x).prev_sample
+            c_noise = (t / 1000).float().expand(len(x))  # its times are 250 ln sigma, in float64
+            x = scheduler.step(network(scheduler.scale_model_input(x, t), c_noise, labels), t, x).prev_sample
         return x.clamp(-1, 1)
 
     return loop
