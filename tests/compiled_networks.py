@@ -3,9 +3,9 @@
 import dataclasses
 
 import torch
-from tiny import tiny
+from tiny import awake, tiny
 
-from fastdiff import Model, Prediction, UNet, UNetConfig, schedules
+from fastdiff import Model, Prediction, UNetConfig, schedules
 
 # 16 channels and groups of 4: what vector code of 16 lanes and its remainders meet.
 BASE = tiny(channels=16, dropout=0.3, in_channels=3, out_channels=3)
@@ -22,16 +22,6 @@ NETWORKS: dict[str, UNetConfig] = {
     "ncsnpp-skip": UNetConfig.ncsnpp(**FILTERED, input_pyramid="skip", output_pyramid="skip"),
     "bare-end": dataclasses.replace(BASE, attention_middle="bare", resampling="conv_end", channels=24, groups=8),
 }
-
-
-def awake(config: UNetConfig, seed: int = 0) -> UNet:
-    """A network whose zero-initialised branches are random too, in eval mode."""
-    torch.manual_seed(seed)
-    net = UNet(config)
-    for p in net.parameters():
-        if not p.any():
-            torch.nn.init.normal_(p, std=0.1)
-    return net.eval()
 
 
 def model_of(name: str) -> Model:

@@ -1,7 +1,6 @@
 """The `fastdiff` command as a person uses it: what it prints, writes and refuses."""
 
 import re
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -11,43 +10,12 @@ from PIL import Image
 from tiny import tiny
 
 import fastdiff
-from fastdiff import cli
 from fastdiff.images import read_metadata, save_image, to_uint8
 from fastdiff.info import versions
 from fastdiff.metrics import Classifier
 from fastdiff.model import Model
 from fastdiff.samplers import SAMPLERS
 from fastdiff.training import PRESETS
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
-    """A small class-conditional network with random weights, those that start at 0 included."""
-    torch.manual_seed(0)
-    network = fastdiff.UNet(tiny(labels=10))
-    for p in network.parameters():
-        p.data.add_(0.1 * torch.randn_like(p))
-    path = tmp_path_factory.mktemp("model") / "tiny.safetensors"
-    Model(network, fastdiff.schedules.EDM(), fastdiff.Prediction("edm"), shape=(1, 8, 8), labels=10).save(path)
-    return path
-
-
-@pytest.fixture
-def fastdiff_command(monkeypatch, capsys, tmp_path):
-    """fastdiff_command("sample", ...) -> (exit status, stdout, stderr), run in an empty folder."""
-    monkeypatch.chdir(tmp_path)
-
-    def call(*arguments):
-        monkeypatch.setattr(sys, "argv", ["fastdiff", *map(str, arguments)])
-        try:
-            cli.main()
-            status = 0
-        except SystemExit as stop:
-            status = stop.code or 0
-        out, err = capsys.readouterr()
-        return status, out, err
-
-    return call
 
 
 def pixels(path):

@@ -9,26 +9,11 @@ import time
 from pathlib import Path
 
 import pytest
-import torch
-from tiny import tiny
 
-import fastdiff
 from fastdiff import cli
 from fastdiff.atomic import atomically, remove_leftovers
-from fastdiff.model import Model
 
 N = 40
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
-    torch.manual_seed(0)
-    network = fastdiff.UNet(tiny(labels=10))
-    for p in network.parameters():
-        p.data.add_(0.1 * torch.randn_like(p))
-    path = tmp_path_factory.mktemp("model") / "tiny.safetensors"
-    Model(network, fastdiff.schedules.EDM(), fastdiff.Prediction("edm"), shape=(1, 8, 8), labels=10).save(path)
-    return path
 
 
 def command(checkpoint, out, ranks=1, nfe=2):

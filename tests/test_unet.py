@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 import torch
-from tiny import tiny
+from tiny import awake, tiny
 
 from fastdiff import UNet, UNetConfig
 from fastdiff.nn import Attention, FourierEmbedding, PositionalEmbedding, Resample
@@ -25,16 +25,6 @@ VARIANTS = {
     "bare-middle": dataclasses.replace(TINY, attention_middle="bare"),
     "tf-padding": dataclasses.replace(TINY, resampling="conv_end"),
 }
-
-
-def awake(config, seed=0):
-    """A network whose zero-initialised branches are random too, in eval mode."""
-    torch.manual_seed(seed)
-    net = UNet(config)
-    for p in net.parameters():
-        if not p.any():
-            torch.nn.init.normal_(p, std=0.1)
-    return net.eval()
 
 
 def inputs(config, n=2, size=None):

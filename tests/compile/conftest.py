@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from compiled_networks import NETWORKS, awake, model_of
+from compiled_networks import NETWORKS, model_of
+from tiny import awake
 
 
 @pytest.fixture(autouse=True)

@@ -4,7 +4,8 @@ import sys
 
 import pytest
 import torch
-from compiled_networks import NETWORKS, awake
+from compiled_networks import NETWORKS
+from tiny import awake
 
 from fastdiff.compile import program_of
 from fastdiff.compile.choose import MARGIN

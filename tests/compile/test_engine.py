@@ -8,7 +8,8 @@ import warnings
 
 import pytest
 import torch
-from compiled_networks import awake, model_of
+from compiled_networks import model_of
+from tiny import awake
 
 import fastdiff
 from fastdiff import schedules

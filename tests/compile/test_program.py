@@ -5,7 +5,8 @@ import threading
 
 import pytest
 import torch
-from compiled_networks import NETWORKS, awake, inputs
+from compiled_networks import NETWORKS, inputs
+from tiny import awake
 
 from fastdiff import ops
 from fastdiff.compile import program_of

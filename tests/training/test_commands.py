@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import sys
 
 import numpy as np
 import pytest
@@ -11,7 +10,6 @@ from PIL import Image
 from tiny import tiny
 
 import fastdiff
-from fastdiff import cli
 from fastdiff.metrics import load_classifier
 from fastdiff.model import Model
 from fastdiff.training import Trainer
@@ -20,21 +18,8 @@ FEW = ("--images", 16, "--batch", 8, "--report-every", 0, "--no-bf16")
 
 
 @pytest.fixture
-def call(monkeypatch, capsys, tmp_path):
-    """call("train", ...) -> (exit status, stdout, stderr), run in an empty folder."""
-    monkeypatch.chdir(tmp_path)
-
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["fastdiff", *map(str, arguments)])
-        try:
-            cli.main()
-            status = 0
-        except SystemExit as stop:
-            status = stop.code or 0
-        out, err = capsys.readouterr()
-        return status, out, err
-
-    return run
+def call(fastdiff_command):
+    return fastdiff_command
 
 
 @pytest.fixture
