@@ -118,7 +118,7 @@ def engine(model: Model, network: Any, dtype: torch.dtype, compile: str, evaluat
 def _captured(model: Model, network, where: torch.device, program: Callable[..., Tensor]) -> Engine:
     """The program, on a GPU with graphs of it."""
     if where.type != "cuda":
-        return Engine(program, "fast")
+        return Engine(program, "fast", program.where if isinstance(program, Program) else "")
     graphs = kept(model).get(("graphs", id(program)), network, lambda: Graphs(CudaGraphs(where)))
     return Engine(program, "fast", "captured", graphs.execute)
 

@@ -28,6 +28,7 @@ class Program:
         self.operations, self.sizes = lowered.operations, lowered.sizes
         self.conditions = Conditions(network, lowered.conditions)
         self.unused = self._last_uses()
+        self.where = ""  # its weights are, if not in memory
         self.factor = 2 ** (len(network.config.multipliers) - 1)
 
     def _last_uses(self) -> list[list[int]]:
