@@ -24,6 +24,7 @@ KEPT = 4  # programs, and sets of graphs, per model
 # What decides whether a program pays, never what is computed; on Zen 4, networks of 0.2 to 219 GFLOP.
 OPERATIONS_PER_SECOND = 8e10  # of the network as it is on one core, about
 SAVED = 0.6  # of that time, by a program
+WORTH = 0.5  # seconds; for less, other rounding than in the calls before is not worth it
 SECONDS = 0.5  # to measure, where no layer size is known, and
 TRIALS = 0.6  # of the time of BATCH images
 SECONDS_PER_WEIGHT = 2.5e-8  # to pack
@@ -142,7 +143,7 @@ def _too_little(model: Model, network, where: torch.device, dtype: torch.dtype, 
     saved = SAVED * store.evaluations * operations / speed
     known = choices(dtype, BATCH)
     unknown = sum(known.find(layer) is None for layer in sizes) / len(sizes)
-    cost = unknown * (SECONDS + TRIALS * BATCH * operations / speed)
+    cost = WORTH + unknown * (SECONDS + TRIALS * BATCH * operations / speed)
     cost += SECONDS_PER_WEIGHT * sum(p.numel() for p in network.parameters())
     return "" if saved > cost else f"compiling takes some {cost:.1f} s and would save {saved:.1f} s; compile='fast' does it"
 
