@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fastdiff.compile import Compiled, program_of
 from fastdiff.compile.choose import layers
-from fastdiff.compile.fits import Fingerprint, obstacle
+from fastdiff.compile.fits import REFERENCE, Fingerprint, obstacle, say_once
 from fastdiff.compile.graph import CudaGraphs, Graphs
 from fastdiff.compile.measured import choices
 from fastdiff.compile.program import Program
@@ -45,7 +45,9 @@ class Engine:
         return self.execute is not execute
 
     def describe(self) -> str:
-        return f"{self.name}: {self.why}" if self.why else self.name
+        owner = getattr(self.execute, "__self__", None)
+        why = owner.describe() if isinstance(owner, Graphs) else self.why
+        return f"{self.name}: {why}" if why else self.name
 
 
 class Kept:
@@ -104,6 +106,8 @@ def engine(model: Model, network: Any, dtype: torch.dtype, compile: str, evaluat
     if reason is None and dtype not in (torch.float32, torch.bfloat16):
         reason = f"programs compute in float32 or bfloat16, not in {dtype}"
     if reason is not None:
+        if reason.startswith(REFERENCE):
+            say_once(f"sample: no program can be made, and the network is slow: {reason}; `fastdiff info` shows each op")
         return Engine(network, "network", reason)
     where = _device(network)
     key, store = ("fast", str(where), dtype), kept(model)
@@ -121,7 +125,7 @@ def _captured(model: Model, network, where: torch.device, program: Callable[...,
     if where.type != "cuda":
         return Engine(program, "fast", program.where if isinstance(program, Program) else "")
     graphs = kept(model).get(("graphs", id(program)), network, lambda: Graphs(CudaGraphs(where)))
-    return Engine(program, "fast", "captured", graphs.execute)
+    return Engine(program, "fast", execute=graphs.execute)
 
 
 def _device(network) -> torch.device:

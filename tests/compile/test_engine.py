@@ -89,7 +89,13 @@ def test_unsupported_processors(model, monkeypatch):
     served = fastdiff.ops.implementations()
     served["group_norm_silu"]["cpu"] = fastdiff.ops.Served("reference", "not built")
     monkeypatch.setattr(fits, "implementations", lambda: served)
-    assert "reference ops" in fastdiff.run(model, 1, seeds=[0], compile="fast").engine
+    monkeypatch.setattr(fits, "_said", set())
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        for how in ("fast", "auto", "off"):
+            engine = fastdiff.run(model, 1, seeds=[0], compile=how).engine
+            assert "reference ops" in engine or how == "off"
+    assert [str(w.message)[:55] for w in said] == ["sample: no program can be made, and the network is slow"], "said once"
     with pytest.warns(UserWarning, match="the network stays as it is: this processor runs the reference ops"):
         assert fastdiff.compile(model) is model
 
