@@ -48,7 +48,7 @@ template <class T, class Scheme_, class Op_> struct Winning : Results<T, Scheme_
   using Base::Base, Base::kIn, Base::kOut, Base::kPoints, Base::a, Base::rows, Base::cols, Base::width, Base::words;
   using Base::wide_o, Base::slab_rows, Base::images, Base::plane, Base::v, Base::tables, Base::moments;
 
-  // One point's m [tiles, block] += V [tiles, depth] u [depth, block], from word k on; fetches `size` floats from `ahead` on.
+  // One point's m [tiles, block] += V [tiles, depth] u [depth, block] from word k on; fetches `size` floats from `ahead` on.
   void product(int p, int64_t tile, int64_t tiles, const float* u, int64_t block, int64_t k, int64_t depth, float* m,
                const float* ahead, int64_t size) const {
     const int64_t runs = parts(tiles, Op::kRows), row = width / Op::step, calls = runs * parts(block, Op::kVectors * W);
@@ -102,7 +102,8 @@ template <class T, class Scheme_, class Op_> struct Winning : Results<T, Scheme_
     else products(begin * cols, tiles, first_o, block, m, m_plane);
     for (int64_t row = begin; row < end; ++row)
       for (int64_t o = 0; o < block; o += W)
-        this->row_out((first + row) / rows, (first + row) % rows, first_o + o, m + (row - begin) * cols * block + o, m_plane, block);
+        this->row_out((first + row) / rows, (first + row) % rows, first_o + o, m + (row - begin) * cols * block + o, m_plane,
+                      block);
   }
 
   // Parts into which a slab's rows of tiles are cut so that its tasks occupy all threads.
@@ -130,7 +131,8 @@ template <class T, class Scheme_, class Op_> struct Winning : Results<T, Scheme_
   void run() {
     const int64_t n = a.norm.n, total = n * rows, per_image = parts(rows, slab_rows);
     const int64_t slabs = images > 1 ? parts(n, images) : n * per_image;
-    const int64_t v_bytes = aligned(kPoints * plane * sizeof(Stored)), table_bytes = n * ChannelTable<float>::bytes(a.norm.c);
+    const int64_t v_bytes = aligned(kPoints * plane * sizeof(Stored));
+    const int64_t table_bytes = n * ChannelTable<float>::bytes(a.norm.c);
     const int64_t moment_bytes = a.stats_groups ? total * 2 * wide_o * 4 : 0;
     char* memory = kept_memory(0, v_bytes + table_bytes + moment_bytes);
     v = reinterpret_cast<Stored*>(memory);

@@ -121,7 +121,9 @@ __attribute__((noinline)) void multiply_filters(const float* v, int64_t v_row, c
   else all([](vf& s, float*) __attribute__((always_inline)) { s = vf{}; });
   for (int64_t k = 0; k < words; ++k, taps += 9 * kUnit, ahead += share) {
     const float* from = v + k / kLanes * (kLanes * kIn * Filters::kGroup) + k % kLanes;
-    each<(9 * count + kIn - 1) / kIn>([&](int i) __attribute__((always_inline)) { __builtin_prefetch(ahead + i * kLine, 0, 2); });
+    each<(9 * count + kIn - 1) / kIn>([&](int i) __attribute__((always_inline)) {
+      __builtin_prefetch(ahead + i * kLine, 0, 2);
+    });
     each<count>([&](int i) __attribute__((always_inline)) {
       vf g[3], u[kIn];
       each<3>([&](int j) __attribute__((always_inline)) {
@@ -143,15 +145,15 @@ typedef void (*MultiplyFilters)(const float*, int64_t, const float*, int64_t, fl
 
 // The kernel for `tiles` tiles, from 1 on, and rows of points from number `point` on.
 template <class Scheme, int R, int... i>
-constexpr MultiplyFilters filter_kernel(int point, std::integer_sequence<int, i...>) {
-  MultiplyFilters found = nullptr;
-  ((i * Filters::rows_at_once(R) == point ? found = &multiply_filters<Scheme, R, i * Filters::rows_at_once(R)> : found), ...);
-  return found;
+MultiplyFilters filter_kernel(int point, std::integer_sequence<int, i...>) {
+  constexpr int step = Filters::rows_at_once(R);
+  static constexpr MultiplyFilters kernels[] = {&multiply_filters<Scheme, R, i * step>...};
+  return kernels[point / step];
 }
 template <class Scheme> FD_INLINE MultiplyFilters multiply_filters_of(int tiles, int point) {
   const auto of = [&](auto R) {
-    constexpr int rows = decltype(R)::value;
-    return filter_kernel<Scheme, rows>(point, std::make_integer_sequence<int, Scheme::kIn / Filters::rows_at_once(rows)>{});
+    constexpr int r = decltype(R)::value;
+    return filter_kernel<Scheme, r>(point, std::make_integer_sequence<int, Scheme::kIn / Filters::rows_at_once(r)>{});
   };
   switch (tiles) {
     case 1: return of(std::integral_constant<int, 1>{});

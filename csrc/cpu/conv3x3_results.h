@@ -35,7 +35,8 @@ template <class T_, class Scheme_, class Op_> struct Results : Tiles<T_, Scheme_
             if (!decltype(full)::value && (i >= height || j >= breadth)) continue;
             const int64_t pixel = i * a.w + j;
             vf z = y[i][j] + bias;
-            if (add) z += decltype(full)::value ? load(add + pixel * a.residual.s) : load_some(add + pixel * a.residual.s, some);
+            const T* with = add + pixel * a.residual.s;
+            if (add) z += decltype(full)::value ? load(with) : load_some(with, some);
             z *= scale;
             if (decltype(full)::value) store(out + pixel * a.y.s, z);
             else store_some(out + pixel * a.y.s, z, some);

@@ -38,7 +38,7 @@ template <class T_, class Scheme_, class Op_> struct Tiles {
   Stored* place(int p, int64_t tile, int64_t c) const {
     Stored* row = v + p * kIn * plane;
     if constexpr (Op::kFilters)
-      return row + tile / Op::kGroup * Op::kGroup * kIn * width + (c / kLanes * Op::kGroup + tile % Op::kGroup) * kIn * kLanes;
+      return row + (tile / Op::kGroup * width + c) * Op::kGroup * kIn + tile % Op::kGroup * kIn * kLanes;
     else
       return row + tile * width + c;
   }
@@ -48,7 +48,7 @@ template <class T_, class Scheme_, class Op_> struct Tiles {
   int64_t padded_cols() const { return cols * kOut + 2; }
   int64_t image_floats(int64_t tile_rows) const { return (tile_rows * kOut + 2) * padded_cols() * kChannels; }
 
-  // Rows of pixels of channels c ... of sample n, normalised, with a border of zeros: image [height, padded_cols, kChannels].
+  // Rows of pixels of channels c ... of sample n, normalised, with a border of 0: image [height, padded_cols, kChannels].
   template <bool normed, bool silu> void activate(int64_t n, int64_t c, int64_t top, int64_t height, float* image) const {
     const ChannelTable<float> table(const_cast<char*>(reinterpret_cast<const char*>(tables + n * table_floats(a.norm.c))),
                                     a.norm.c);
@@ -63,15 +63,16 @@ template <class T_, class Scheme_, class Op_> struct Tiles {
     }
     const auto value = [&](vf x, int j) __attribute__((always_inline)) {
       if constexpr (normed) x = fma(x - m[j], slope[j], offset[j]);
-      if constexpr (normed && silu) x = divide<kRough<T>>(x, inverse_sigmoid<kRough<T>>(x));
-      return x;
+      return silu ? silu_of<T>(x) : x;
     };
     const bool whole = some[kVectorsIn - 1] == W;
     for (int64_t i = 0; i < height; ++i) {
       float* out = image + i * padded_cols() * kChannels;
       const int64_t r = top + i;
       const int64_t end = r < 0 || r >= a.h ? 0 : a.w;
-      const auto zero = [&](int64_t col) { for (int j = 0; j < kVectorsIn; ++j) store(out + col * kChannels + j * W, vf{}); };
+      const auto zero = [&](int64_t col) {
+        for (int j = 0; j < kVectorsIn; ++j) store(out + col * kChannels + j * W, vf{});
+      };
       zero(0);
       for (int64_t s = end + 1; s < padded_cols(); ++s) zero(s);
       const T* x = a.norm.x.template at<const T>(n, c, r * a.w);
@@ -131,6 +132,7 @@ template <class T_, class Scheme_, class Op_> struct Tiles {
   void normalise(char* memory) const {
     const GroupNormSilu& g = a.norm;
     const int64_t pieces = g.given_stats ? 1 : pieces_of(g), each_bytes = ChannelTable<float>::bytes(g.c);
+    const double unit = g.silu ? kSiluUnit<float> : 1;
     const Scratch scratch(g.n * pieces * 2 * g.c * 8);
     const auto of = [&](int64_t i) { return reinterpret_cast<double*>(scratch.data) + i * pieces * 2 * g.c; };
     if (!g.given_stats) {
@@ -143,12 +145,12 @@ template <class T_, class Scheme_, class Op_> struct Tiles {
       for (int64_t i = begin; i < end; ++i) {
         const ChannelTable<float> table(memory + i * each_bytes, g.c);
         if (g.given_stats) {
-          channel_maps<float>(g, i, of(i), table);
+          channel_maps<float>(g, i, of(i), table, unit);
           continue;
         }
         merge_pieces(g, of(i), pieces);
         group_statistics<float>(g, i, of(i));
-        channel_maps<float>(g, i, 0, g.c, of(i), of(i) + g.c, table);
+        channel_maps<float>(g, i, 0, g.c, of(i), of(i) + g.c, table, unit);
       }
     });
   }

@@ -6,7 +6,7 @@
 struct Four {
   static constexpr int kOut = 4, kIn = 6;
   static constexpr float a = 0.70710678118654752f, b = 1.41421356237309505f, aa = 0.5f, bb = 2.0f;
-  static constexpr float of_a = static_cast<float>(-2.0 / 3), of_b = static_cast<float>(1.0 / 6);  // 1 / (2 aa (aa - bb)), ...
+  static constexpr float of_a = static_cast<float>(-2.0 / 3), of_b = static_cast<float>(1.0 / 6);  // 1 / (2 aa (aa - bb))
   static FD_INLINE void input(const vf* d, vf* r) {
     const vf even_a = fma(splat<vf>(-bb), d[2], d[4]), odd_a = fma(splat<vf>(-bb), d[1], d[3]);
     const vf even_b = fma(splat<vf>(-aa), d[2], d[4]), odd_b = fma(splat<vf>(-aa), d[1], d[3]);

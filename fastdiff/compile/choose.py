@@ -22,7 +22,7 @@ MARGIN = 0.95  # a candidate must take less than this of the time of the one bef
 
 # dtype -> algorithms beside the library's, in the order of preference at equal speed. Each keeps its class of error: float32
 # 1e-6 a layer; bfloat16 at most twice plain bfloat16's.
-CANDIDATES = {torch.float32: ("winograd4", "winograd4_lean"), torch.bfloat16: ("winograd2",)}
+CANDIDATES = {torch.float32: ("winograd4_lean", "winograd4"), torch.bfloat16: ("winograd2",)}
 
 
 def candidates(step: Conv3x3, dtype: torch.dtype) -> list[str]:
