@@ -48,6 +48,7 @@ class Worker:
         command = [sys.executable, __file__, "--worker", name, "--net", options.net, "--batch", str(options.batch)]
         command += ["--nfe", str(options.nfe), "--threads", str(options.threads), "--cache", str(options.cache)]
         environment = os.environ | {"OMP_NUM_THREADS": str(options.threads), "MKL_NUM_THREADS": str(options.threads)}
+        environment["FASTDIFF_CACHE"] = "off"  # what is prepared is measured now
         self.process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment, bufsize=1
         )

@@ -10,18 +10,23 @@ import torch
 from torch import Tensor
 
 from fastdiff.compile import Compiled, program_of
+from fastdiff.compile.choose import layers
 from fastdiff.compile.fits import Fingerprint, obstacle
 from fastdiff.compile.graph import CudaGraphs, Graphs
+from fastdiff.compile.measured import choices
 from fastdiff.compile.program import Program
 from fastdiff.model import Model
 from fastdiff.plan import execute
+from fastdiff.unet import UNet
 
 BATCH = 8  # at which algorithms are compared, whatever the call's: its images shall not decide what computes them
 KEPT = 4  # programs, and sets of graphs, per model
-OPERATIONS_PER_SECOND = 8e10  # of the network as it is on one core, about; decides what pays, never what is computed
-SAVED = 0.5  # of that time, by a program
-SECONDS_PER_WEIGHT = 5e-8  # to pack and measure
-SECONDS = 2.0  # to measure the rest
+# What decides whether a program pays, never what is computed; on Zen 4, networks of 0.2 to 219 GFLOP.
+OPERATIONS_PER_SECOND = 8e10  # of the network as it is on one core, about
+SAVED = 0.6  # of that time, by a program
+SECONDS = 0.5  # to measure, where no layer size is known, and
+TRIALS = 0.6  # of the time of BATCH images
+SECONDS_PER_WEIGHT = 2.5e-8  # to pack
 
 
 @dataclasses.dataclass
@@ -48,7 +53,7 @@ class Kept:
     def __init__(self):
         self.made: OrderedDict[Any, tuple[Any, Fingerprint]] = OrderedDict()
         self.lock = threading.RLock()
-        self.operations: int | None = None  # of one evaluation of one image
+        self.size: tuple[int, set[str]] | None = None  # operations of one evaluation of one image, sizes of its layers
         self.evaluations = 0  # of images, by the network itself, in all calls: what a program would have saved counts
 
     def __deepcopy__(self, memo) -> "Kept":
@@ -126,18 +131,28 @@ def _too_little(model: Model, network, where: torch.device, dtype: torch.dtype, 
     """Why a program does not pay for so many evaluations and those before; empty where it does.
 
     So a model that is sampled again and again gets one when it would have been worth it, and at most twice the least
-    possible time is lost.
+    possible time is taken. Layer sizes that were measured before, in this process or another, cost packing alone.
     """
     if where.type != "cpu":
         return "programs on GPUs are not measured yet; compile='fast' makes one"
-    store, resolution = kept(model), network.config.resolution
-    if store.operations is None:
-        store.operations = Program(network, torch.float32, (resolution, resolution)).operations
-    speed = OPERATIONS_PER_SECOND * torch.get_num_threads() * (2 if dtype == torch.bfloat16 else 1)
+    store = kept(model)
     store.evaluations += evaluations
-    saved = SAVED * store.operations * store.evaluations / speed
-    cost = SECONDS + SECONDS_PER_WEIGHT * sum(p.numel() for p in network.parameters())
+    store.size = operations, sizes = store.size or _size(network)
+    speed = OPERATIONS_PER_SECOND * torch.get_num_threads() * (2 if dtype == torch.bfloat16 else 1)
+    saved = SAVED * store.evaluations * operations / speed
+    known = choices(dtype, BATCH)
+    unknown = sum(known.find(layer) is None for layer in sizes) / len(sizes)
+    cost = unknown * (SECONDS + TRIALS * BATCH * operations / speed)
+    cost += SECONDS_PER_WEIGHT * sum(p.numel() for p in network.parameters())
     return "" if saved > cost else f"compiling takes some {cost:.1f} s and would save {saved:.1f} s; compile='fast' does it"
+
+
+def _size(network: UNet) -> tuple[int, set[str]]:
+    """Operations of one evaluation of one image, and the sizes of its convolutions; no weight is read."""
+    with torch.device("meta"):
+        shell = UNet(network.config)
+    program = Program(shell, torch.float32, (network.config.resolution, network.config.resolution))
+    return program.operations, layers(program)
 
 
 def _inductor(model: Model, network: Callable[..., Tensor], dtype: torch.dtype) -> Engine:

@@ -77,7 +77,7 @@ class Trainer:
         self.network = UNet(config.network)
         if init is not None:
             self.network.load_state_dict(init.state)
-        self.network.to(self.device).to(memory_format=torch.channels_last).train()
+        self.network.to(self.device).train()
         self.loss.start(self.network)
         self.forward = torch.compile(self.network) if config.compile else self.network
         self.ema = Averages(self.network, config.ema, config.ema_rampup)
