@@ -36,13 +36,17 @@ def _order_matters(x: Tensor) -> bool:
 
 
 class Conv2d(nn.Conv2d):
-    """Same-size convolution (stride 1) or halving convolution (stride 2), initialised as in DDPM."""
+    """Same-size convolution (stride 1) or halving convolution (stride 2), initialised as in DDPM.
+
+    Images are channels-last here, and so is the weight from the start: libraries would copy it to that layout in every call.
+    """
 
     def __init__(
         self, inputs: int, outputs: int, kernel: int = 3, stride: int = 1, gain: float = 1.0, padding: int | None = None
     ):
         super().__init__(inputs, outputs, kernel, stride, padding=kernel // 2 if padding is None else padding)
         _initialise(self, gain)
+        self.weight.data = self.weight.data.contiguous(memory_format=torch.channels_last)
 
     def forward(self, x: Tensor) -> Tensor:
         if not _order_matters(x):

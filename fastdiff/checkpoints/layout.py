@@ -147,13 +147,13 @@ def build(config: UNetConfig) -> UNet:
 
 
 def fill(network: nn.Module, layout: Layout, state: dict[str, Any], where: str) -> None:
-    """Move the weights of `state` into `network`, as float32; `state` is emptied on the way.
+    """Move the weights of `state` into `network`, as float32 and in its own strides; `state` is emptied on the way.
 
     Stored tensors are read one at a time, so that the memory needed is the network's. Tensors stay the caller's.
 
     Raises: CheckpointError that names what is missing, unexpected, of another shape or not finite.
     """
-    wanted = {key: blank.shape for key, blank in network.state_dict().items()}
+    wanted = network.state_dict()
     sources = {key: layout.source(key) for key in wanted}
     uses = Counter(name for names, _ in sources.values() for name in names)
     problems: dict[str, list[str]] = {"missing": [n for n in uses if not isinstance(state.get(n), (Tensor, Stored))]}
@@ -162,8 +162,8 @@ def fill(network: nn.Module, layout: Layout, state: dict[str, Any], where: str) 
         _raise(problems, where)
     problems = {"of another shape": [], "not finite": []}
     weights = {}
-    for key, shape in wanted.items():
-        names, change = sources[key]
+    for key, blank in wanted.items():
+        shape, (names, change) = blank.shape, sources[key]
         try:
             value = _normal(change(*(_float32(state[n]) for n in names)), shape)
         except RuntimeError:  # a change of layout that its sources' shapes do not allow
@@ -175,7 +175,7 @@ def fill(network: nn.Module, layout: Layout, state: dict[str, Any], where: str) 
             bad = int((~torch.isfinite(value)).sum())
             problems["not finite"].append(f"{names[0]} ({bad} of {value.numel()} values)")
         else:
-            weights[key] = _own(value, state[names[0]])
+            weights[key] = _own(value, state[names[0]], blank.stride())
         uses.subtract(names)
         for name in names:
             if not uses[name]:
@@ -190,10 +190,12 @@ def _float32(value: Weight) -> Tensor:
     return value.float() if value.is_floating_point() else value
 
 
-def _own(value: Tensor, source: Weight) -> Tensor:
-    """The value in memory that is not the source's."""
+def _own(value: Tensor, source: Weight, stride: tuple[int, ...]) -> Tensor:
+    """The value with these strides, in memory that is not the source's."""
     shared = isinstance(source, Tensor) and value.data_ptr() == source.data_ptr()
-    return value.clone(memory_format=torch.contiguous_format) if shared else value.contiguous()
+    if not shared and value.stride() == stride:
+        return value
+    return torch.empty_strided(value.shape, stride, dtype=value.dtype, device=value.device).copy_(value)
 
 
 def _normal(value: Tensor, shape: torch.Size) -> Tensor:

@@ -70,7 +70,7 @@ class Fingerprint:
         return [(t.data_ptr(), 0 if t.is_inference() else t._version) for t in tensors]
 
     def _looks(self) -> list[Tensor]:
-        flat = [t.detach().flatten() for t in self.tensors]
+        flat = [_in_memory(t.detach()) for t in self.tensors]
         return [t[:: max(1, (t.numel() - 1) // LOOK)] for t in flat]
 
     def _values(self) -> Tensor:
@@ -79,3 +79,8 @@ class Fingerprint:
     def holds(self, network: nn.Module) -> bool:
         """Whether the network's weights are still those."""
         return self.where == self._where(network) and bool(torch.equal(self.values, self._values()))
+
+
+def _in_memory(t: Tensor) -> Tensor:
+    """The elements in the order in which they lie, channels-last too: a view, where `flatten` of such a weight is a copy."""
+    return t.permute(sorted(range(t.dim()), key=t.stride, reverse=True)).flatten()

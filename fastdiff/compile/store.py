@@ -105,7 +105,7 @@ def read(path: Path, description: dict[str, Any], fields: dict[str, Any], device
     reason = obstacle(network)
     if reason is not None:
         warnings.warn(f"model: the program in {path} cannot run, its network does instead: {reason}", stacklevel=4)
-        return Model(network, **fields)
+        return Model(network.to(memory_format=torch.channels_last), **fields)  # it runs, and was mapped as in the file
     program = program_of(network, dtype, 1, size, algorithms, packed)
     program.tabulate(about["times"])
     give_back([area])  # what packing by the library has read
