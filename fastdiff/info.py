@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from fastdiff.cache import VARIABLE, folder
 from fastdiff.model import ASSETS, load
 from fastdiff.ops import conv3x3_algorithms, implementations, native
 from fastdiff.version import __version__
@@ -51,6 +52,8 @@ def _devices() -> list[str]:
     else:
         built = "torch is built for CUDA" if torch.version.cuda else "torch is built without CUDA"
         lines.append(f"cuda    none usable here ({built})")
+    kept = folder()
+    lines.append(f"cache   {kept}" if kept else f"cache   none ({VARIABLE} is off, or its folder cannot be made)")
     if os.environ.get("FASTDIFF_STRICT", "0") not in ("", "0"):
         lines.append("FASTDIFF_STRICT is set: an op without a kernel raises instead of running its plain-torch reference")
     return lines

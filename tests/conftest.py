@@ -15,6 +15,14 @@ from fastdiff import cli
 from fastdiff.model import Model
 
 
+@pytest.fixture(scope="session", autouse=True)
+def own_cache(tmp_path_factory):
+    """The user's cache is neither read nor written, by tests and by what they start."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FASTDIFF_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory):
     """A small class-conditional network with random weights, those that start at 0 included."""

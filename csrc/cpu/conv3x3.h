@@ -21,8 +21,7 @@ struct Conv3x3 {
 };
 void conv3x3(const Conv3x3& a, Winograd algorithm);
 
-constexpr int64_t kBlock = 64;  // output channels of a block of packed weights; the last one is a multiple of kUnit
-constexpr int64_t kUnit = 16;
+constexpr int64_t kUnit = 16;  // output channels that packed weights are padded to
 
 // Memory of the calling thread that is kept for its next call. Two of them, for two purposes at once.
 char* kept_memory(int which, int64_t bytes);

@@ -10,7 +10,7 @@ struct Filters {
   int64_t by_row, by_column;   // negative where filters are turned by half a turn
 };
 
-// The filters in blocks of kBlock output channels: [blocks][i][9][block], 0 beyond o, what "winograd4_lean" reads.
+// The filters, scaled, in blocks of kUnit output channels: [blocks][i][9][kUnit], 0 beyond o, what "winograd4_lean" reads.
 void conv3x3_pack(const Filters& f, float* out);
 
 }  // namespace fastdiff

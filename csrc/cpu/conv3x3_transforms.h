@@ -6,7 +6,7 @@
 struct Four {
   static constexpr int kOut = 4, kIn = 6;
   static constexpr float a = 0.70710678118654752f, b = 1.41421356237309505f, aa = 0.5f, bb = 2.0f;
-  static constexpr float of_a = static_cast<float>(-2.0 / 3), of_b = static_cast<float>(1.0 / 6);  // 1 / (2 aa (aa - bb)), ...
+  static constexpr float of_a = static_cast<float>(-2.0 / 3), of_b = static_cast<float>(1.0 / 6);  // 1 / (2 aa (aa - bb))
   static FD_INLINE void input(const vf* d, vf* r) {
     const vf even_a = fma(splat<vf>(-bb), d[2], d[4]), odd_a = fma(splat<vf>(-bb), d[1], d[3]);
     const vf even_b = fma(splat<vf>(-aa), d[2], d[4]), odd_b = fma(splat<vf>(-aa), d[1], d[3]);
@@ -22,18 +22,24 @@ struct Four {
     y[2] = fma(splat<vf>(bb * of_b), even_b, splat<vf>(aa * of_a) * even_a);
     y[3] = fma(splat<vf>(bb * b * of_b), odd_b, fma(splat<vf>(aa * a * of_a), odd_a, m[5]));
   }
-  // Values of the filter g0 + g1 p + g2 p^2 at point number `point`, then at all.
-  template <int point> static FD_INLINE vf filter_at(vf g0, vf g1, vf g2) {
-    constexpr float p[] = {0, a, -a, b, -b}, pp[] = {0, aa, aa, bb, bb};
-    if constexpr (point == 0) return g0;
-    else if constexpr (point == 5) return g2;
-    else return fma(splat<vf>(p[point]), g1, fma(splat<vf>(pp[point]), g2, g0));
-  }
+  // Values of g0 + g1 p + g2 p^2, of which g0, a g1 and a^2 g2 are given: in a's unit the points are 0, +-1, +-2. Additions
+  // have units of their own beside those that multiply.
   static FD_INLINE void filter(vf g0, vf g1, vf g2, vf* u) {
-    const vf at_a = fma(splat<vf>(aa), g2, g0), at_b = fma(splat<vf>(bb), g2, g0);
-    u[0] = g0, u[5] = g2;
-    u[1] = fma(splat<vf>(a), g1, at_a), u[2] = fma(splat<vf>(-a), g1, at_a);
-    u[3] = fma(splat<vf>(b), g1, at_b), u[4] = fma(splat<vf>(-b), g1, at_b);
+    const vf at_a = g0 + g2, at_b = fma(splat<vf>(4.0f), g2, g0), twice = g1 + g1;
+    u[0] = g0, u[5] = g2 + g2;
+    u[1] = at_a + g1, u[2] = at_a - g1, u[3] = at_b + twice, u[4] = at_b - twice;
+  }
+  // One of them.
+  static FD_INLINE vf filter_at(int point, vf g0, vf g1, vf g2) {
+    const vf at_a = g0 + g2, at_b = fma(splat<vf>(4.0f), g2, g0), twice = g1 + g1;
+    switch (point) {
+      case 0: return g0;
+      case 1: return at_a + g1;
+      case 2: return at_a - g1;
+      case 3: return at_b + twice;
+      case 4: return at_b - twice;
+      default: return g2 + g2;
+    }
   }
 };
 

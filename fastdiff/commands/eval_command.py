@@ -40,7 +40,7 @@ def run(
         check_folder(out)
     loaded = [(name, load(name)) for name in models]
     judge = load_classifier(judge_of(classifier, loaded))
-    images = load_images(data)
+    images = load_images(data, shape=loaded[0][1].shape)
     for name, model in loaded:
         if model.shape is not None and tuple(model.shape) != images.shape:
             raise ValueError(

@@ -76,7 +76,9 @@ def execute(request: Request) -> None:
     """Check, load, train to the end."""
     config = request.config
     checks.check_config(config)
-    images = load_images(request.data, size=request.image_size, download=request.download, seed=config.seed)
+    network = config.network
+    shape = (network.in_channels, network.resolution, network.resolution)
+    images = load_images(request.data, size=request.image_size, download=request.download, seed=config.seed, shape=shape)
     if request.unconditional:
         images = ImageData(images.images, None, images.seed, images.about)
     init = None if request.init is None else load(request.init)

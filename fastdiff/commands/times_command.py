@@ -23,7 +23,7 @@ def run(
     if model.family != "consistency":
         raise ValueError(f"model: {name} is a {model.family} model; evaluation times are searched for consistency models")
     judge = load_classifier(judge_of(classifier, [(name, model)]))
-    images = load_images(data)
+    images = load_images(data, shape=model.shape)
     reference = Reference.of(images.images, images.labels, judge)
 
     def score(times: list[float]) -> float:

@@ -10,18 +10,24 @@ import torch
 from torch import Tensor
 
 from fastdiff.compile import Compiled, program_of
-from fastdiff.compile.fits import Fingerprint, obstacle
+from fastdiff.compile.choose import layers
+from fastdiff.compile.fits import REFERENCE, Fingerprint, obstacle, say_once
 from fastdiff.compile.graph import CudaGraphs, Graphs
+from fastdiff.compile.measured import choices
 from fastdiff.compile.program import Program
 from fastdiff.model import Model
 from fastdiff.plan import execute
+from fastdiff.unet import UNet
 
 BATCH = 8  # at which algorithms are compared, whatever the call's: its images shall not decide what computes them
 KEPT = 4  # programs, and sets of graphs, per model
-OPERATIONS_PER_SECOND = 8e10  # of the network as it is on one core, about; decides what pays, never what is computed
-SAVED = 0.5  # of that time, by a program
-SECONDS_PER_WEIGHT = 5e-8  # to pack and measure
-SECONDS = 2.0  # to measure the rest
+# What decides whether a program pays, never what is computed; on Zen 4, networks of 0.2 to 219 GFLOP.
+OPERATIONS_PER_SECOND = 8e10  # of the network as it is on one core, about
+SAVED = 0.6  # of that time, by a program
+WORTH = 0.5  # seconds; for less, other rounding than in the calls before is not worth it
+SECONDS = 0.5  # to measure, where no layer size is known, and
+TRIALS = 0.6  # of the time of BATCH images
+SECONDS_PER_WEIGHT = 2.5e-8  # to pack
 
 
 @dataclasses.dataclass
@@ -39,7 +45,9 @@ class Engine:
         return self.execute is not execute
 
     def describe(self) -> str:
-        return f"{self.name}: {self.why}" if self.why else self.name
+        owner = getattr(self.execute, "__self__", None)
+        why = owner.describe() if isinstance(owner, Graphs) else self.why
+        return f"{self.name}: {why}" if why else self.name
 
 
 class Kept:
@@ -48,7 +56,7 @@ class Kept:
     def __init__(self):
         self.made: OrderedDict[Any, tuple[Any, Fingerprint]] = OrderedDict()
         self.lock = threading.RLock()
-        self.operations: int | None = None  # of one evaluation of one image
+        self.size: tuple[int, set[str]] | None = None  # operations of one evaluation of one image, sizes of its layers
         self.evaluations = 0  # of images, by the network itself, in all calls: what a program would have saved counts
 
     def __deepcopy__(self, memo) -> "Kept":
@@ -98,6 +106,8 @@ def engine(model: Model, network: Any, dtype: torch.dtype, compile: str, evaluat
     if reason is None and dtype not in (torch.float32, torch.bfloat16):
         reason = f"programs compute in float32 or bfloat16, not in {dtype}"
     if reason is not None:
+        if reason.startswith(REFERENCE):
+            say_once(f"sample: no program can be made, and the network is slow: {reason}; `fastdiff info` shows each op")
         return Engine(network, "network", reason)
     where = _device(network)
     key, store = ("fast", str(where), dtype), kept(model)
@@ -113,9 +123,9 @@ def engine(model: Model, network: Any, dtype: torch.dtype, compile: str, evaluat
 def _captured(model: Model, network, where: torch.device, program: Callable[..., Tensor]) -> Engine:
     """The program, on a GPU with graphs of it."""
     if where.type != "cuda":
-        return Engine(program, "fast")
+        return Engine(program, "fast", program.where if isinstance(program, Program) else "")
     graphs = kept(model).get(("graphs", id(program)), network, lambda: Graphs(CudaGraphs(where)))
-    return Engine(program, "fast", "captured", graphs.execute)
+    return Engine(program, "fast", execute=graphs.execute)
 
 
 def _device(network) -> torch.device:
@@ -126,18 +136,28 @@ def _too_little(model: Model, network, where: torch.device, dtype: torch.dtype, 
     """Why a program does not pay for so many evaluations and those before; empty where it does.
 
     So a model that is sampled again and again gets one when it would have been worth it, and at most twice the least
-    possible time is lost.
+    possible time is taken. Layer sizes that were measured before, in this process or another, cost packing alone.
     """
     if where.type != "cpu":
         return "programs on GPUs are not measured yet; compile='fast' makes one"
-    store, resolution = kept(model), network.config.resolution
-    if store.operations is None:
-        store.operations = Program(network, torch.float32, (resolution, resolution)).operations
-    speed = OPERATIONS_PER_SECOND * torch.get_num_threads() * (2 if dtype == torch.bfloat16 else 1)
+    store = kept(model)
     store.evaluations += evaluations
-    saved = SAVED * store.operations * store.evaluations / speed
-    cost = SECONDS + SECONDS_PER_WEIGHT * sum(p.numel() for p in network.parameters())
+    store.size = operations, sizes = store.size or _size(network)
+    speed = OPERATIONS_PER_SECOND * torch.get_num_threads() * (2 if dtype == torch.bfloat16 else 1)
+    saved = SAVED * store.evaluations * operations / speed
+    known = choices(dtype, BATCH)
+    unknown = sum(known.find(layer) is None for layer in sizes) / len(sizes)
+    cost = WORTH + unknown * (SECONDS + TRIALS * BATCH * operations / speed)
+    cost += SECONDS_PER_WEIGHT * sum(p.numel() for p in network.parameters())
     return "" if saved > cost else f"compiling takes some {cost:.1f} s and would save {saved:.1f} s; compile='fast' does it"
+
+
+def _size(network: UNet) -> tuple[int, set[str]]:
+    """Operations of one evaluation of one image, and the sizes of its convolutions; no weight is read."""
+    with torch.device("meta"):
+        shell = UNet(network.config)
+    program = Program(shell, torch.float32, (network.config.resolution, network.config.resolution))
+    return program.operations, layers(program)
 
 
 def _inductor(model: Model, network: Callable[..., Tensor], dtype: torch.dtype) -> Engine:

@@ -1,7 +1,8 @@
 """Which algorithm computes each 3x3 convolution: measured once for each shape, then fixed in the program.
 
-Never by the batch of a call: an image is to have the same bits in every batch. Two compilations may choose differently where
-two algorithms are about as fast, and then differ by rounding; a saved program keeps its choices.
+Never by the batch of a call: an image is to have the same bits in every batch. Choices are kept (`measured`), so that later
+programs on the same machine agree with the first; where they are not, two compilations may choose differently between
+algorithms that are about as fast, and then differ by rounding. A saved program keeps its choices.
 """
 
 import dataclasses
@@ -13,16 +14,18 @@ from torch import Tensor
 
 from fastdiff import ops
 from fastdiff.compile.library import LibraryConvolution
+from fastdiff.compile.measured import choices
 from fastdiff.compile.program import LIBRARY, Program
 from fastdiff.compile.steps import Conv3x3, Values
 
-ROUNDS = 5
-CACHE = 2**26  # bytes, more than a processor's last cache
-MARGIN = 0.95  # a candidate must take less than this of the time of the one before it
+ROUNDS = 4  # runs of a trial at most
+SECONDS = 0.03  # after which two runs of a trial are enough
+CACHE = 2**25  # bytes that are read between two runs, about a processor's last cache
+MARGIN = 0.95  # a candidate must take less than this of the time of those before it
 
-# dtype -> algorithms beside the library's, in the order of preference at equal speed. Each keeps its class of error: float32
-# 1e-6 a layer; bfloat16 at most twice plain bfloat16's.
-CANDIDATES = {torch.float32: ("winograd4", "winograd4_lean"), torch.bfloat16: ("winograd2",)}
+# dtype -> algorithms beside the library's, in the order of preference at equal speed: the one with fewer weights first. Each
+# keeps its class of error: float32 1e-6 a layer; bfloat16 at most twice plain bfloat16's.
+CANDIDATES = {torch.float32: ("winograd4_lean", "winograd4"), torch.bfloat16: ("winograd2",)}
 
 
 def candidates(step: Conv3x3, dtype: torch.dtype) -> list[str]:
@@ -31,8 +34,14 @@ def candidates(step: Conv3x3, dtype: torch.dtype) -> list[str]:
     return [LIBRARY, *(name for name in CANDIDATES.get(dtype, ()) if name in known)]
 
 
-def bind(step: Conv3x3, algorithm: str, program: Program, packed: Tensor | None = None) -> None:
-    """Prepare the step for the algorithm; `packed` are its weights where they were packed before."""
+def bind(
+    step: Conv3x3,
+    algorithm: str,
+    program: Program,
+    packed: Tensor | None = None,
+    keep: Callable[[Tensor], Tensor] | None = None,
+) -> None:
+    """Prepare the step for the algorithm; `packed` are its weights where they were packed before, `keep` says where else."""
     weight = step.weight
     step.algorithm, step.packed, step.library = algorithm, None, None
     if algorithm == LIBRARY:
@@ -42,7 +51,10 @@ def bind(step: Conv3x3, algorithm: str, program: Program, packed: Tensor | None 
         if packed is not None and (packed.shape, packed.dtype) != (wanted.shape, wanted.dtype):
             got = f"{packed.dtype} {tuple(packed.shape)}"
             raise ValueError(f"packed weights of {step.name}: {got}, not {wanted.dtype} {tuple(wanted.shape)}")
-        step.packed = ops.conv3x3_pack(weight, algorithm) if packed is None else packed
+        if packed is None:
+            packed = ops.conv3x3_pack(weight, algorithm)
+            packed = packed if keep is None else keep(packed)
+        step.packed = packed
     # Of the weight only the shape is read from here on.
     step.weight = weight.new_zeros(()).to(program.dtype).expand(weight.shape)
 
@@ -53,9 +65,13 @@ def choose(
     batch: int = 1,
     given: Mapping[str, str] | None = None,
     packed: Mapping[str, Tensor] | None = None,
+    keep: Callable[[Tensor], Tensor] | None = None,
 ) -> None:
-    """Bind every convolution, to `given`'s algorithms with `packed`'s weights, or to the fastest at `batch` images here."""
-    fastest: dict[tuple, str] = {}
+    """Bind every convolution, to `given`'s algorithms with `packed`'s weights, or to the fastest at `batch` images here.
+
+    keep: where weights that are packed now go.
+    """
+    known, elsewhere = choices(program.dtype, batch), None
     for step in program.convolutions:
         names = candidates(step, program.dtype)
         if given is not None and given.get(step.name) in names:
@@ -63,43 +79,82 @@ def choose(
         elif len(names) == 1:
             chosen = names[0]
         else:
-            key = _key(step, program)
-            fastest[key] = chosen = fastest.get(key) or _measure(step, program, names, batch)
-        kept = packed if packed and given and chosen == given.get(step.name) else {}
-        bind(step, chosen, program, kept.get(step.name))
+            layer = _layer(step, program)
+            chosen = known.find(layer) or ""
+            if chosen not in names:
+                elsewhere = torch.ones(CACHE // 4) if elsewhere is None else elsewhere
+                chosen = _measure(step, program, names, batch, elsewhere)
+                known.add(layer, chosen)
+        before = packed if packed and given and chosen == given.get(step.name) else {}
+        bind(step, chosen, program, before.get(step.name), keep)
+    known.write()
 
 
-def _key(step: Conv3x3, program: Program) -> tuple:
-    """Steps of one key take about the same time."""
-    return *step.weight.shape[:2], *program.sizes[step.name]
+def layers(program: Program) -> set[str]:
+    """The sizes of its convolutions."""
+    return {_layer(step, program) for step in program.convolutions}
 
 
-def _measure(step: Conv3x3, program: Program, names: list[str], batch: int) -> str:
-    best, least, elsewhere = names[0], float("inf"), torch.ones(CACHE // 4)
-    for name in names:
-        v, run = _trial(step, program, name, batch)
-        seconds = min(_seconds(v, run, elsewhere) for _ in range(ROUNDS))
-        if seconds < MARGIN * least:
-            best, least = name, seconds
+def _layer(step: Conv3x3, program: Program) -> str:
+    """Steps that are called the same take about the same time."""
+    outputs, inputs = step.weight.shape[:2]
+    height, width = program.sizes[step.name]
+    return f"{inputs} to {outputs} at {height}x{width}"
+
+
+def _measure(step: Conv3x3, program: Program, names: list[str], batch: int, elsewhere: Tensor) -> str:
+    """The fastest; the ones that usually are go first, so that others can be given up early."""
+    least: dict[str, float] = {}
+    given = _noise(step, program, batch)
+    for name in reversed(names):
+        v, run = _trial(step, program, name, given)
+        least[name] = _least(v, run, elsewhere, min(least.values(), default=float("inf")))
+    best = names[0]
+    for name in names[1:]:
+        best = name if least[name] < MARGIN * least[best] else best
     return best
 
 
-def _trial(step: Conv3x3, program: Program, name: str, batch: int) -> tuple[Values, Callable[[], None]]:
-    """The step on noise. After a library's convolution a norm takes its statistics itself; after others it has them."""
+def _least(v: Values, run: Callable[[], None], elsewhere: Tensor, best: float) -> float:
+    """The least seconds of a few runs: no more once it is clearly behind the best, or they are long enough to tell."""
+    taken: list[float] = []
+    while len(taken) < ROUNDS and (len(taken) < 2 or sum(taken) < SECONDS):
+        taken.append(_seconds(v, run, elsewhere))
+        if min(taken) > (1 + 0.5 / len(taken)) * best:
+            break
+    return min(taken)
+
+
+def _noise(step: Conv3x3, program: Program, batch: int) -> Values:
+    """What the step reads: one image of noise, `batch` times."""
     h, w = program.sizes[step.name]
     outputs, inputs = step.weight.shape[:2]
-    step, generator = dataclasses.replace(step), torch.Generator().manual_seed(0)  # not the caller's random state
-    bind(step, name, program)
+    generator = torch.Generator().manual_seed(0)  # not the caller's random state
 
     def noise(channels: int) -> Tensor:
-        return torch.randn(batch, h, w, channels, generator=generator).permute(0, 3, 1, 2).to(program.dtype)
+        one = torch.randn(1, h, w, channels, generator=generator).to(program.dtype)
+        return one.repeat(batch, 1, 1, 1).permute(0, 3, 1, 2)
 
     v: Values = [None] * program.values
     v[step.x] = noise(inputs)
     if step.residual is not None:
         v[step.residual] = noise(outputs)
-    if step.norm is not None and step.norm.stats is not None and name != LIBRARY:
+    if step.norm is not None and step.norm.stats is not None:
         v[step.norm.stats] = torch.tensor([0.0, 1.0]).expand(batch, step.norm.groups, 2).contiguous()
+    return v
+
+
+def _trial(step: Conv3x3, program: Program, name: str, given: Values) -> tuple[Values, Callable[[], None]]:
+    """The step on `given`. After a library's convolution a norm takes its statistics itself; after others it has them."""
+    step, v = dataclasses.replace(step), list(given)
+    if name == LIBRARY:
+        bind(step, name, program)
+    else:  # what packed weights hold does not change the time
+        like = ops.conv3x3_pack(step.weight.to("meta"), name)
+        bind(step, name, program, torch.full_like(like, 2.0**-8, device="cpu"))
+    if name == LIBRARY and step.norm is not None and step.norm.stats is not None:
+        v[step.norm.stats] = None
+    batch = len(v[step.x])  # type: ignore[arg-type]
     c = [torch.zeros(batch, width) for width in program.conditions.widths]
     return v, lambda: step.run(v, c)
 

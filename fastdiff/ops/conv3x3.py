@@ -15,13 +15,12 @@ from torch.nn import functional
 
 from fastdiff.ops import _register
 from fastdiff.ops._layout import image
+from fastdiff.ops._winograd import ALGORITHMS, OPERAND, check_algorithm, packed_shape
 from fastdiff.ops.group_norm_silu import _check as check_norm
 from fastdiff.ops.group_norm_silu import _jvp as norm_jvp
 from fastdiff.ops.group_norm_silu import _save as norm_save
 from fastdiff.ops.group_norm_silu import group_norm_silu, statistics
 from fastdiff.ops.group_norm_silu import reference as norm_reference
-
-ALGORITHMS = ("direct", "winograd4", "winograd4_lean", "winograd2")
 
 
 class Norm(NamedTuple):
@@ -114,61 +113,6 @@ _register.define(
     _fake,
 )
 _register.compose("conv3x3", _with(_served_norm))
-
-
-# Winograd's F(m, 3): result = A^T [(G g) (B^T d)], by m + 1 finite points and infinity. csrc/cpu has A and B of the same.
-_FOUR = (0.0, 0.5**0.5, -(0.5**0.5), 2**0.5, -(2**0.5))
-POINTS = {"winograd4": _FOUR, "winograd4_lean": _FOUR, "winograd2": (0.0, 1.0, -1.0)}
-OPERAND = {"winograd4": torch.float32, "winograd4_lean": torch.float32, "winograd2": torch.bfloat16}
-BLOCK, UNIT = 64, 16  # output channels of a block of packed weights, and what the last one is a multiple of
-
-
-def at_points(points: tuple[float, ...]) -> torch.Tensor:
-    """G [m + 2, 3]: g0 + g1 p + g2 p^2 at every point, then g2. Its 1 / prod_j (p_i - p_j) are in A."""
-    return torch.tensor([*[[1.0, p, p * p] for p in points], [0.0, 0.0, 1.0]], dtype=torch.float64)
-
-
-def _packed_shape(weight, algorithm):
-    """[values kept of a filter, I, O]; I is even for bfloat16, whose products take two input channels at once."""
-    values, step = {"winograd4": (36, 1), "winograd4_lean": (9, 1), "winograd2": (16, 2)}[algorithm]
-    return values, -(-weight.shape[1] // step) * step, -(-weight.shape[0] // UNIT) * UNIT
-
-
-def _pack(weight, algorithm, transposed):
-    """direct: as it is. Winograd: blocks of output channels, one after the other, padded with zeros.
-
-    winograd4, winograd2: G g G^T, rounded once: [points, I / step, block, step]. winograd4_lean: g itself, [I, 9, block].
-    """
-    _check_algorithm(algorithm)
-    weight = weight.transpose(0, 1).flip(2, 3) if transposed else weight
-    if algorithm == "direct":
-        return weight.clone(memory_format=torch.contiguous_format)
-    (values, inputs, outputs), step = _packed_shape(weight, algorithm), 2 if algorithm == "winograd2" else 1
-    g = at_points(POINTS[algorithm]).to(weight.device)
-    packed, at = weight.new_zeros(values * inputs * outputs, dtype=OPERAND[algorithm]), 0
-    for first in range(0, outputs, BLOCK):
-        part, width = weight[first : first + BLOCK], min(BLOCK, outputs - first)
-        block = packed[at : at + values * inputs * width]
-        if algorithm == "winograd4_lean":
-            block.view(inputs, values, width)[..., : len(part)] = part.flatten(2).permute(1, 2, 0)
-        else:
-            made = (g @ part.double() @ g.T).flatten(2).permute(2, 1, 0)  # [points, I, O]
-            padded = functional.pad(made, (0, width - len(part), 0, inputs - made.shape[1]))
-            shape = values, inputs // step, step, width
-            block.view(values, inputs // step, width, step).copy_(padded.view(shape).transpose(2, 3))
-        at += block.numel()
-    return packed.view(values, inputs, outputs)
-
-
-def _fake_pack(weight, algorithm, transposed):
-    weight = weight.transpose(0, 1) if transposed else weight
-    if algorithm == "direct":
-        return torch.empty_like(weight, memory_format=torch.contiguous_format)
-    return weight.new_empty(_packed_shape(weight, algorithm), dtype=OPERAND[algorithm])
-
-
-_register.define("conv3x3_pack", "(Tensor weight, str algorithm, bool transposed) -> Tensor", _pack, _fake_pack)
-_register.compose("conv3x3_pack", _pack)
 
 # Positions of the arguments that may be absent, in the order in which they are saved.
 _OPTIONAL = {"bias": 2, "norm_weight": 3, "norm_bias": 4, "add": 7, "scale": 8, "shift": 9, "residual": 12}
@@ -329,7 +273,7 @@ def conv3x3_pack(weight: torch.Tensor, algorithm: str = "direct", transposed: bo
     """
     if weight.dim() != 4 or weight.shape[2:] != (3, 3) or not weight.is_floating_point():
         raise TypeError(f"weight: expected a floating-point tensor [O, I, 3, 3], got {weight.dtype} {tuple(weight.shape)}")
-    _check_algorithm(algorithm)
+    check_algorithm(algorithm)
     return torch.ops.fastdiff.conv3x3_pack(weight.detach(), algorithm, transposed)
 
 
@@ -347,7 +291,7 @@ def conv3x3_algorithms(dtype: torch.dtype, device: str | torch.device = "cpu") -
 
 def _served(algorithm, x, weight, packed):
     """`packed` for an algorithm that is served; made here where it is absent and needed."""
-    _check_algorithm(algorithm)
+    check_algorithm(algorithm)
     if algorithm == "direct":
         if packed is not None and packed.shape != weight.shape:
             raise ValueError(f"packed: {tuple(packed.shape)} is not what conv3x3_pack(weight, 'direct') gives; pack again")
@@ -357,18 +301,13 @@ def _served(algorithm, x, weight, packed):
         raise ValueError(f"algorithm: {algorithm!r} is not served for {x.dtype} on {x.device}; use {' or '.join(served)}")
     if packed is None:
         return torch.ops.fastdiff.conv3x3_pack(weight.detach(), algorithm, False)
-    expected = _packed_shape(weight, algorithm)
+    expected = packed_shape(weight, algorithm)
     if packed.dtype != OPERAND[algorithm] or tuple(packed.shape) != expected or not packed.is_contiguous():
         raise ValueError(
             f"packed: {packed.dtype} {tuple(packed.shape)} is not what conv3x3_pack(weight, {algorithm!r}) gives, "
             f"contiguous {OPERAND[algorithm]} {expected}; pack again"
         )
     return packed
-
-
-def _check_algorithm(algorithm):
-    if algorithm not in ALGORITHMS:
-        raise ValueError(f"algorithm: {algorithm!r} is not known here; use {' or '.join(ALGORITHMS)}")
 
 
 def _check_tensor(name, t, x, *shapes):

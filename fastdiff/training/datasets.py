@@ -10,7 +10,7 @@ from PIL import Image
 from torch import Tensor
 
 from fastdiff.training.data import ImageData
-from fastdiff.training.mnist import NAMES, load_mnist
+from fastdiff.training.mnist import load_mnist, mnist_folder
 
 FORMATS = (
     "MNIST's four files or MNIST/raw/, cifar-10-batches-py/, or images (.png, .jpg, ...) in a folder or zip, "
@@ -19,8 +19,17 @@ FORMATS = (
 ARCHIVE_BYTES = 2**31  # of one image in a zip, unpacked: more is a trap, not an image
 
 
+SHAPES = {"mnist": (1, 28, 28), "cifar10": (3, 32, 32)}
+
+
 def load_images(
-    path: str | Path, train: bool = True, *, size: int | None = None, download: str | None = None, seed: int = 0
+    path: str | Path,
+    train: bool = True,
+    *,
+    size: int | None = None,
+    download: str | None = None,
+    seed: int = 0,
+    shape: tuple[int, ...] | None = None,
 ) -> ImageData:
     """The data set in `path`, told by what is there.
 
@@ -31,6 +40,7 @@ def load_images(
         size: cut images of a folder or zip to squares about their centre and resize them to this height and width.
         download: "mnist" or "cifar10": fetch it where it is missing.
         seed: of the order in which images are visited.
+        shape: (C, H, W) of the images that are wanted; where MNIST and CIFAR-10 lie in one folder, it tells which.
 
     Raises: FileNotFoundError; ValueError naming the file that is damaged or does not fit the others.
     """
@@ -43,17 +53,32 @@ def load_images(
         return _from_zip(path, train, size, seed)
     if not path.is_dir() and download is None:
         raise FileNotFoundError(f"data: {path} does not exist; give {FORMATS}")
-    first = f"{NAMES[train]}-images-idx3-ubyte"
-    if (
-        download == "mnist"
-        or (path / "MNIST" / "raw").is_dir()
-        or any((path / (first + end)).is_file() for end in ("", ".gz"))
-    ):
+    kind = download or _kind(path, shape)
+    if kind == "mnist":
         return load_mnist(path, train, download == "mnist", seed)
-    inside = path.parent if path.name == "cifar-10-batches-py" else path
-    if download == "cifar10" or (inside / "cifar-10-batches-py").is_dir():
+    if kind == "cifar10":
+        inside = path.parent if path.name == "cifar-10-batches-py" else path
         return load_cifar10(inside, train, download == "cifar10", seed)
     return _from_folder(path, train, size, seed)
+
+
+def _kind(path: Path, shape: tuple[int, ...] | None) -> str | None:
+    """ "mnist", "cifar10", or None: a folder of images."""
+    found = {
+        "mnist": mnist_folder(path) is not None,
+        "cifar10": path.name == "cifar-10-batches-py" or (path / "cifar-10-batches-py").is_dir(),
+    }
+    kinds = [kind for kind, there in found.items() if there]
+    if len(kinds) < 2:
+        return kinds[0] if kinds else None
+    fitting = [kind for kind in kinds if shape is None or SHAPES[kind] == tuple(shape)]
+    if len(fitting) != 1:
+        wanted = "" if shape is None else f", neither with images of {' x '.join(map(str, shape))}"
+        raise ValueError(
+            f"data: MNIST and CIFAR-10 both lie in {path}{wanted}; give {path / 'MNIST'}, {path / 'cifar-10-batches-py'} "
+            f"or the folder of other images"
+        )
+    return fitting[0]
 
 
 def load_cifar10(folder: str | Path, train: bool = True, download: bool = False, seed: int = 0) -> ImageData:

@@ -20,8 +20,16 @@ PUBLISHED = {  # MD5 of the unpacked files
 }
 
 
+def mnist_folder(folder: Path) -> Path | None:
+    """Where MNIST's files lie: `folder`/MNIST/raw, `folder`/raw or `folder` itself; None without any."""
+    for base in (folder / "MNIST" / "raw", folder / "raw", folder):
+        if any((base / (name + end)).is_file() for name in PUBLISHED for end in ("", ".gz")):
+            return base
+    return None
+
+
 def load_mnist(folder: str | Path, train: bool = True, download: bool = False, seed: int = 0) -> ImageData:
-    """MNIST through torchvision's readers, from `folder`/MNIST/raw or from the four original files in `folder`.
+    """MNIST through torchvision's readers, from `folder`/MNIST/raw, `folder`/raw or the four original files in `folder`.
 
     `about["checksums"]` says whether the files are the published ones; other data in MNIST's format is read as well, under
     the folder's name. Nothing is downloaded unless `download` asks for it.
@@ -29,12 +37,11 @@ def load_mnist(folder: str | Path, train: bool = True, download: bool = False, s
     Raises: FileNotFoundError that says what is missing; ValueError naming the file that is damaged.
     """
     folder = Path(folder)
-    raw = folder / "MNIST" / "raw"
     if download:
         from torchvision.datasets import MNIST
 
         MNIST(folder, train=train, download=True)
-    base = raw if raw.is_dir() else folder
+    base = mnist_folder(folder) or folder
     first = base / f"{NAMES[train]}-images-idx3-ubyte"
     if not first.is_file() and not first.with_name(first.name + ".gz").is_file():
         raise FileNotFoundError(

@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import itertools
 import pickle
 import threading
 import warnings
@@ -13,7 +14,7 @@ from tiny import awake
 
 import fastdiff
 from fastdiff import schedules
-from fastdiff.compile import automatic, fits
+from fastdiff.compile import automatic, fits, measured
 from fastdiff.request import QUALITIES
 
 SEEDS = range(5)
@@ -88,22 +89,61 @@ def test_unsupported_processors(model, monkeypatch):
     served = fastdiff.ops.implementations()
     served["group_norm_silu"]["cpu"] = fastdiff.ops.Served("reference", "not built")
     monkeypatch.setattr(fits, "implementations", lambda: served)
-    assert "reference ops" in fastdiff.run(model, 1, seeds=[0], compile="fast").engine
+    monkeypatch.setattr(fits, "_said", set())
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        for how in ("fast", "auto", "off"):
+            engine = fastdiff.run(model, 1, seeds=[0], compile=how).engine
+            assert "reference ops" in engine or how == "off"
+    assert [str(w.message)[:55] for w in said] == ["sample: no program can be made, and the network is slow"], "said once"
     with pytest.warns(UserWarning, match="the network stays as it is: this processor runs the reference ops"):
         assert fastdiff.compile(model) is model
 
 
-def test_auto_compiles_where_it_pays(model, monkeypatch):
+@pytest.fixture
+def nothing_known(monkeypatch, tmp_path):
+    monkeypatch.setattr(measured, "_tables", {})
+    monkeypatch.setenv("FASTDIFF_CACHE", str(tmp_path))
+
+
+def test_auto_compiles_where_it_pays(model, monkeypatch, nothing_known):
     """Not for a few images of a small network; for many; and a program that is there is used whatever the number."""
     few = fastdiff.run(model, 2, seeds=SEEDS)
-    assert few.engine.startswith("network: compiling takes some 2.0 s and would save 0.0 s; compile='fast' does it")
-    monkeypatch.setattr(automatic, "SECONDS", 0.0)
-    monkeypatch.setattr(automatic, "SECONDS_PER_WEIGHT", 0.0)
+    assert few.engine.startswith("network: compiling takes some 1.0 s and would save 0.0 s; compile='fast' does it")
+    for name in ("WORTH", "SECONDS", "TRIALS", "SECONDS_PER_WEIGHT"):
+        monkeypatch.setattr(automatic, name, 0.0)
     assert fastdiff.run(model, 2, seeds=SEEDS).engine == "fast"
     monkeypatch.undo()
     assert fastdiff.run(model, 2, seeds=[3]).engine == "fast"
     assert fastdiff.run(model, 2, seeds=[3], compile="off").engine.startswith("network")
     assert fastdiff.run(model, 2, seeds=[3], dtype=torch.float16).engine.startswith("network: programs compute in float32")
+
+
+def test_what_a_program_costs(model, nothing_known):
+    """Half of the layer sizes known, half of the measuring left; all of them, packing alone."""
+    first = _cost(model)
+    sizes = sorted(automatic._size(model.network)[1])
+    known = measured.choices(torch.float32, automatic.BATCH)
+    costs = []
+    for size in sizes:
+        known.add(size, "library")
+        costs.append(_cost(model))
+    assert sizes == sorted(automatic.layers(fastdiff.compile(model).program))
+    assert all(a > b for a, b in itertools.pairwise([first, *costs])), costs
+    packing = automatic.SECONDS_PER_WEIGHT * sum(p.numel() for p in model.network.parameters())
+    assert costs[-1] == pytest.approx(automatic.WORTH + packing)
+
+
+def _cost(model):
+    """Seconds of the program: saved seconds at which it is made, by bisection of the evaluations."""
+    few, many = 0.0, 1e9
+    for _ in range(60):
+        middle = (few + many) / 2
+        automatic.kept(model).evaluations = 0
+        reason = automatic._too_little(model, model.network, torch.device("cpu"), torch.float32, middle)
+        few, many = (middle, many) if reason else (few, middle)
+    operations, _ = automatic._size(model.network)
+    return automatic.SAVED * many * operations / (automatic.OPERATIONS_PER_SECOND * torch.get_num_threads())
 
 
 CHANGES = {

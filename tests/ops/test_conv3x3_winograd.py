@@ -9,7 +9,7 @@ import torch
 from test_conv3x3 import OPTIONS, double, make, textbook
 from torch.nn import functional
 
-from fastdiff.ops import Norm, conv3x3, conv3x3_algorithms, conv3x3_pack
+from fastdiff.ops import Norm, _winograd, conv3x3, conv3x3_algorithms, conv3x3_pack
 
 module = sys.modules["fastdiff.ops.conv3x3"]
 pytestmark = pytest.mark.skipif(len(conv3x3_algorithms(torch.float32)) == 1, reason="fastdiff._C is not built")
@@ -36,7 +36,7 @@ SHAPES = [
 
 def matrices(algorithm):
     """A^T, G and B^T of F(m, 3) in float64, by Toom and Cook: B^T from the polynomials that vanish at the other points."""
-    points = module.POINTS[algorithm]
+    points = _winograd.POINTS[algorithm]
     m, size = len(points) - 1, len(points) + 1
     rows = []
     for skipped in (*range(len(points)), None):
@@ -47,7 +47,7 @@ def matrices(algorithm):
         rows.append(functional.pad(coefficients, (0, size - len(coefficients))))
     scale = [1 / math.prod(p - q for q in points if q != p) for p in points]
     at = [[s * p**k for p, s in zip(points, scale, strict=True)] + [float(k == m - 1)] for k in range(m)]
-    return torch.tensor(at, dtype=torch.float64), module.at_points(points), torch.stack(rows)
+    return torch.tensor(at, dtype=torch.float64), _winograd.at_points(points), torch.stack(rows)
 
 
 def by_tiles(h, weight, algorithm, squared=False):
@@ -301,7 +301,7 @@ def test_packed_by_the_kernel_as_by_tensor_operations(layout, transposed):
     for outputs, inputs in ((64, 32), (100, 37), (3, 128), (17, 1), (1, 17), (128, 64)):
         weight = LAYOUTS[layout](outputs, inputs)
         packed = conv3x3_pack(weight, "winograd4_lean", transposed)
-        assert torch.equal(packed, module._pack(weight, "winograd4_lean", transposed))
+        assert torch.equal(packed, _winograd._pack(weight, "winograd4_lean", transposed))
 
 
 @pytest.mark.parametrize("shape", SHAPES)

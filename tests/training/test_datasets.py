@@ -2,6 +2,7 @@
 
 import hashlib
 import pickle
+import shutil
 import zipfile
 
 import numpy as np
@@ -168,6 +169,21 @@ def test_cifar(cifar):
     assert torch.equal(data.images[5], torch.from_numpy(content["data"][1].reshape(3, 32, 32)))
     assert data.labels[4:8].tolist() == content["labels"] and data.about["classes"][3] == "class 3"
     assert len(load_cifar10(cifar, train=False)) == 4
+
+
+def test_two_data_sets_in_one_folder(cifar, mnist_folder):
+    """As downloads to one folder leave them: the shape tells which is meant, and never silently the first."""
+    raw = cifar / "MNIST" / "raw"
+    shutil.copytree(mnist_folder, raw)
+    assert load_images(cifar, shape=(1, 28, 28)).shape == (1, 28, 28)
+    assert load_images(cifar, shape=(3, 32, 32)).about["name"] == "CIFAR-10"
+    for folder in (cifar / "MNIST", raw):
+        assert load_images(folder).shape == (1, 28, 28)
+    assert load_images(cifar / "cifar-10-batches-py").shape == (3, 32, 32)
+    with pytest.raises(ValueError, match=r"data: MNIST and CIFAR-10 both lie in .*; give .*MNIST, .*cifar-10-batches-py or"):
+        load_images(cifar)
+    with pytest.raises(ValueError, match=r"both lie in .*, neither with images of 3 x 64 x 64; give"):
+        load_images(cifar, shape=(3, 64, 64))
 
 
 def test_cifar_damaged_or_missing(cifar):
