@@ -40,6 +40,19 @@ def sample(
     dtype: Annotated[
         str | None, typer.Option(help="float32, bfloat16, float16 or float64: what the network computes in.")
     ] = None,
+    quality: Annotated[
+        str | None,
+        typer.Option(
+            help="lossless: as dtype says. high: bfloat16, float32 sums. fast: what is opted in beyond. [default: lossless]"
+        ),
+    ] = None,
+    compile: Annotated[
+        str | None,
+        typer.Option(
+            help="auto: by a compiled program where that pays. off: the network as it is. fast: a program in any case. "
+            "inductor: torch.compile. [default: auto; off for a folder]"
+        ),
+    ] = None,
 ) -> None:
     """Draw images and write them as one PNG.
 
@@ -48,12 +61,15 @@ def sample(
     fastdiff sample --labels 7 --seeds 0-15             sixteen sevens, always the same ones
     fastdiff sample mnist-edm --nfe 35                  the slow, careful teacher
     fastdiff sample --like digits.png --out again.png   the same images again
+    fastdiff sample big.safetensors --quality high      bfloat16: faster, a little less exact
     fastdiff sample --seeds 0-49999 --out images        a file for each seed; run it again to go on after a stop
     torchrun --nproc_per_node 4 -m fastdiff sample --seeds 0-49999 --out images         the same by four processes
     """
     from fastdiff.commands import sample_command
 
-    sample_command.run(model, nfe, n, seeds, labels, out, like, sampler, times, option, batch_size, device, dtype)
+    sample_command.run(
+        model, nfe, n, seeds, labels, out, like, sampler, times, option, batch_size, device, dtype, quality, compile
+    )
 
 
 @app.command()

@@ -1,6 +1,5 @@
 """sample(): the front door. Checks the request once, asks a sampler for its plan and runs it batch by batch."""
 
-import contextlib
 import copy
 import dataclasses
 import os
@@ -16,6 +15,7 @@ from tqdm import tqdm
 from fastdiff import held, invariant, ops
 from fastdiff.compile import Compiled
 from fastdiff.compile.automatic import Engine, engine
+from fastdiff.flags import evaluating, exact
 from fastdiff.model import Model, packaged
 from fastdiff.plan import Plan
 from fastdiff.request import (
@@ -200,7 +200,7 @@ def run(
             _check_state(plan, i, x)
             callback(i, x)
 
-    with torch.inference_mode(), _evaluating(placed), _evaluating(weaker), _autocast(target, dtype), _exact(quality):
+    with torch.inference_mode(), evaluating(placed), evaluating(weaker), _autocast(target, dtype), exact(quality):
         for first in _bar(range(0, len(seed_list), size), progress, plan, len(seed_list)):
             part = slice(first, first + size)
             batch_labels = None if label_list is None else torch.tensor(label_list[part], device=target)
@@ -288,35 +288,9 @@ def _counted(network: Callable[..., Tensor]) -> tuple[Callable[..., Tensor], lis
     return call, calls
 
 
-@contextlib.contextmanager
-def _evaluating(network):
-    """Every submodule in eval mode, and back to what it was."""
-    modules = list(network.modules()) if isinstance(network, nn.Module) else []
-    training = [m.training for m in modules]
-    for m in modules:
-        m.training = False
-    try:
-        yield
-    finally:
-        for m, was in zip(modules, training, strict=True):
-            m.training = was
-
-
 def _input_type(by: Engine, dtype: torch.dtype) -> torch.dtype:
     """That of the network's input: a program rounds for itself, and then the state's own serves."""
     return torch.float32 if by.name == "fast" and dtype == torch.bfloat16 else dtype
-
-
-@contextlib.contextmanager
-def _exact(quality: str):
-    """Without TF32 where the images are to be lossless."""
-    convolutions, products = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
-    if quality == "lossless":
-        torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
-    try:
-        yield
-    finally:
-        torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = convolutions, products
 
 
 def _autocast(device: torch.device, dtype: torch.dtype):

@@ -1,5 +1,6 @@
 """The `fastdiff` command as a person uses it: what it prints, writes and refuses."""
 
+import json
 import re
 from pathlib import Path
 
@@ -71,6 +72,7 @@ def test_seeds_labels_and_options_reach_the_sampler(fastdiff_command, checkpoint
         (("--sampler", "foo"), "auto, rk45 or one of analytic-ddpm"),
         (("--times", "80,90", "--sampler", "ddim"), "outside EDM's range"),
         (("--dtype", "int8"), "use one of float32"),
+        (("--sampler", "rk45", "--nfe", 3, "--n", 1), "rk45: a sample needs more than 3 evaluations; loosen rtol and atol"),
         (("--like", "absent.png"), "absent.png is no file"),
     ],
 )
@@ -178,6 +180,29 @@ def test_folder_of_images(fastdiff_command, checkpoint):
     assert "all: 3 images written, 7 there already" in fastdiff_command(*more, "--out", "all")[1]
     status, _, err = fastdiff_command(*request[:3], 1, *request[4:], "--out", "all")
     assert status == 2 and "all holds images of another request (nfe differ)" in err
+
+
+def test_quality_and_compile(fastdiff_command, checkpoint):
+    """They reach the request, the report and the PNG; --like repeats what computed the images, whatever "auto" says then."""
+    request = ("sample", checkpoint, "--nfe", 2, "--seeds", "0-3")
+    status, out, _ = fastdiff_command(*request, "--compile", "fast", "--out", "fast.png")
+    assert status == 0 and "engine  fast\n" in out
+    assert read_metadata("fast.png")["request"]["compile"] == "fast"
+    assert "engine  fast\n" in fastdiff_command("sample", "--like", "fast.png", "--out", "again.png")[1]
+    assert np.array_equal(pixels("fast.png"), pixels("again.png"))
+    out = fastdiff_command(*request, "--quality", "high", "--out", "high.png")[1]
+    assert "torch.bfloat16" in out and "engine  network: compiling takes some" in out
+    stored = read_metadata("high.png")["request"]
+    assert (stored["quality"], stored["compile"]) == ("high", "off")
+    assert not np.array_equal(pixels("high.png"), pixels("fast.png"))
+    for name, words in (("quality", "use one of lossless, high, fast"), ("compile", "use one of auto, off, fast, inductor")):
+        status, _, err = fastdiff_command(*request, f"--{name}", "best", "--out", "bad.png")
+        assert status == 2 and f"{name}: 'best' is not known; {words}" in err and not Path("bad.png").exists()
+    assert fastdiff_command(*request, "--quality", "high", "--out", "folder")[0] == 0
+    about = json.loads(Path("folder/request.json").read_text())
+    assert (about["quality"], about["compile"]) == ("high", "off")
+    err = fastdiff_command(*request, "--compile", "fast", "--out", "folder")[2]
+    assert "folder holds images of another request (quality, compile differ)" in err
 
 
 def test_folder_by_several_processes(fastdiff_command, checkpoint, monkeypatch):

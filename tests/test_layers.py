@@ -26,7 +26,7 @@ FLOORS = [
     {"denoiser", "nn", "stepwise"},
     {"schedules", "unet_config"},
     {"ops"},
-    {"kernels", "_C", "version", "atomic", "cache"},
+    {"kernels", "_C", "version", "atomic", "cache", "flags"},
 ]
 # Allowed within a floor: training draws and measures samples, samplers return Plans, checkpoints become UNets.
 SIDEWAYS = {

@@ -47,7 +47,8 @@ def test_an_image_belongs_to_its_seed(model):
 
 @pytest.mark.parametrize("nfe", [1, 2, 5])
 def test_batch_size_does_not_matter(model, nfe):
-    images = [fastdiff.sample(model, nfe, seeds=range(16), batch_size=size) for size in (16, 3, 1)]
+    # "auto" may go over to a program between two calls; tests/compile holds its own promise
+    images = [fastdiff.sample(model, nfe, seeds=range(16), batch_size=size, compile="off") for size in (16, 3, 1)]
     for other in images[1:]:
         assert (images[0] - other).abs().max() <= 1e-5
 

@@ -23,9 +23,8 @@ def write(model: Model, request: dict[str, Any], out: Path, batch_size: int | No
     Batches are cut from the list of seeds, whatever is missing and however many processes there are (torchrun's RANK and
     WORLD_SIZE), so that an image is the same in every division of the work. No more than a batch is in memory. Half-written
     files of processes that were killed are removed. The network runs as it is, since a program of `fastdiff.compile` chooses
-    its algorithms by the clock, another in another process; the option compile="fast" prefers speed to equal bytes.
+    its algorithms by the clock, another on another machine; --compile fast prefers speed to equal bytes.
     """
-    options = {"compile": "off"} | options
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     device = request["device"]
     if device is None and torch.cuda.is_available():
@@ -50,6 +49,8 @@ def write(model: Model, request: dict[str, Any], out: Path, batch_size: int | No
                 batch_size=size,
                 device=device,
                 dtype=request["dtype"],
+                quality=request["quality"],
+                compile=request["compile"],
                 progress=False,
                 **options,
             )
@@ -74,14 +75,14 @@ def _shares(seeds: list[int], size: int, rank: int, world: int) -> Iterator[tupl
 
 def _claim(out: Path, model: Model, request: dict[str, Any], size: int) -> None:
     """Note in the folder what its images are; refuse one that holds images of another request."""
-    about = {k: request[k] for k in ("nfe", "sampler", "times", "options", "labels")}
+    about = {k: request[k] for k in ("nfe", "sampler", "times", "options", "labels", "quality", "compile")}
     about |= {"model_hash": model.hash(), "dtype": str(request["dtype"]).removeprefix("torch."), "batch_size": size}
     text = json.dumps(about, indent=1, sort_keys=True) + "\n"
     out.mkdir(parents=True, exist_ok=True)
     remove_leftovers(out)
     path = out / REQUEST
     if path.exists():
-        before = json.loads(path.read_text())
+        before = {"quality": "lossless", "compile": "off"} | json.loads(path.read_text())
         differing = [k for k in about if before.get(k) != about[k]]
         if differing:
             raise ValueError(

@@ -15,11 +15,12 @@ from fastdiff.images import read_metadata, save_grid
 from fastdiff.info import versions
 from fastdiff.model import load, packaged
 from fastdiff.ops import implementations
-from fastdiff.request import MANY, NFE
+from fastdiff.request import MANY, NFE, check_compile, check_quality
 from fastdiff.sample import Samples
 from fastdiff.sample import run as draw
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
+ENGINES = {"network": "off", "fast": "fast", "inductor": "inductor"}  # that computed -> compile=
 # What sampling with a UNet runs
 USED = ("philox_normal", "denoise_step", "group_norm_silu", "group_norm_attention", "embedding")
 
@@ -38,6 +39,8 @@ def run(
     batch_size: int | None,
     device: str | None,
     dtype: str | None,
+    quality: str | None,
+    compile: str | None,
 ) -> None:
     """Turn options into a request, refuse what cannot be written before sampling, sample, write and report."""
     given: dict[str, Any] = {
@@ -49,8 +52,11 @@ def run(
         "times": None if times is None else parse_numbers(times, float, "times"),
         "options": parse_options(option) if option else None,
         "dtype": dtype,
+        "quality": quality,
+        "compile": compile,
     }
-    request: dict[str, Any] = dict.fromkeys(given) | {"sampler": "auto", "dtype": "float32"}
+    usual = {"sampler": "auto", "dtype": "float32", "quality": "lossless", "compile": "auto"}
+    request: dict[str, Any] = dict.fromkeys(given) | usual
     stored = {} if like is None else read_metadata(like)
     if like is not None and n is not None:
         raise ValueError("n: --like repeats the images of its file, seed by seed; leave --n out or give --seeds")
@@ -62,12 +68,14 @@ def run(
         request["nfe"] = NFE
     if request["dtype"] not in DTYPES:
         raise ValueError(f"dtype: {request['dtype']!r} is not supported; use one of {', '.join(DTYPES)}")
+    check_quality(request["quality"])
+    check_compile(request["compile"])
     options: dict[str, Any] = dict(request["options"] or {})
     options |= {} if request["times"] is None else {"times": request["times"]}
     if given["seeds"] is not None and (out.is_dir() or not out.suffix):
         many = MANY if request["sampler"] == "rk45" else request["nfe"]
         source = packaged(many) if request["model"] is None else request["model"]
-        request |= {"device": device, "dtype": DTYPES[request["dtype"]]}
+        request |= {"device": device, "dtype": DTYPES[request["dtype"]], "compile": compile or "off"}
         return folder.write(load(source), request, out, batch_size, options)
     check_writable(out)
     result = draw(
@@ -80,9 +88,12 @@ def run(
         batch_size=batch_size,
         device=device,
         dtype=DTYPES[request["dtype"]],
+        quality=request["quality"],
+        compile=request["compile"],
         **options,
     )
-    request |= {"seeds": result.seeds, "labels": result.labels}
+    # what "auto" went for, so that --like does the same
+    request |= {"seeds": result.seeds, "labels": result.labels, "compile": ENGINES[result.engine.partition(":")[0]]}
     save_grid(result.images, out, metadata(request, result))
     typer.echo(report(request["model"], out, result))
     warn_if_different(stored, result)
@@ -168,6 +179,7 @@ def report(model: str | None, out: Path, result: Samples) -> str:
             f"plan    {result.plan.describe()}",
             f"nfe     {result.evaluations} counted",
             f"speed   {n / result.seconds:.1f} images/s ({result.seconds:.2f} s on {result.device}, {result.dtype})",
+            f"engine  {result.engine}",
             f"seeds   {result.seeds[0]} ... {result.seeds[-1]}",
             *[f"op      {op}: {served[op][kind].name}" for op in USED],
         ]

@@ -16,6 +16,7 @@ from torch import Tensor
 from fastdiff.compile.choose import choose
 from fastdiff.compile.fits import obstacle
 from fastdiff.compile.program import Program
+from fastdiff.compile.spill import Spill
 from fastdiff.model import Model
 from fastdiff.request import QUALITIES, check_batch_size, check_quality, make_plan
 from fastdiff.unet import UNet
@@ -27,7 +28,9 @@ __all__ = ["Compiled", "compile", "program_of"]
 class Compiled(Model):
     """A model whose network is a `Program`; `original` holds the weights, for `save` and for `Model.state`.
 
-    A snapshot: train or change the original, and compile again.
+    A snapshot: train or change the model that was compiled, and compile again. Weights of more than 32 MB are in a nameless
+    file that is mapped, packed and original ones (`program.where` says how many and where), so that the memory of the model
+    that was compiled is free once nobody holds it.
     """
 
     original: UNet | None = None
@@ -90,7 +93,9 @@ def compile(
             sums, error at most twice that of a plain bfloat16 network. "fast": what "high" is; no more is opted into today.
         size: (H, W) of the images; the model's own by default.
 
-    Returns: a `Compiled` model, or `model`.
+    Returns: a `Compiled` model, or `model`. Of a network of more than 32 MB it holds the weights in a nameless file of the
+        cache folder (`fastdiff info`) that is gone with them, up to five times the network's size; in memory where less than
+        a gigabyte of the disk would be left, with a warning, where the folder is itself memory, or by FASTDIFF_CACHE=off.
 
     Raises: TypeError, ValueError naming argument, value and remedy.
     """
@@ -105,12 +110,15 @@ def compile(
         warnings.warn(f"fastdiff.compile: the network stays as it is: {reason}", stacklevel=2)
         return model
     assert isinstance(model.network, UNet)
-    program = program_of(model.network, QUALITIES[quality], batch, size or model.shape[1:] if model.shape else size)
+    spill = Spill(model.network)
+    network = spill.network(model.network)
+    size = size or model.shape[1:] if model.shape else size
+    program = program_of(network, QUALITIES[quality], batch, size, spill=spill)
     if nfe is not None:
         plan = make_plan(model, nfe, **options)
         program.tabulate([float(plan.prediction.coefficients(plan.schedule, t).c_noise) for t in plan.times])
     fields = {f.name: getattr(model, f.name) for f in dataclasses.fields(Model)}
-    return Compiled(**(fields | {"network": program}), original=model.network, quality=quality)
+    return Compiled(**(fields | {"network": program}), original=network, quality=quality)
 
 
 def program_of(
@@ -120,10 +128,13 @@ def program_of(
     size: tuple[int, ...] | None = None,
     choices: Mapping[str, str] | None = None,
     packed: Mapping[str, Tensor] | None = None,
+    spill: Spill | None = None,
 ) -> Program:
-    """The network's program, its algorithms as given or measured."""
+    """The network's program, its algorithms as given or measured; weights that are packed now go where `spill` says."""
     resolution = network.config.resolution
     height, width = size or (resolution, resolution)
     program = Program(network, dtype, (height, width))
-    choose(program, batch, choices, packed)
+    spill = spill or Spill(network)
+    choose(program, batch, choices, packed, spill.put)
+    program.where = spill.finish()
     return program

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fastdiff.compile import Compiled, program_of
 from fastdiff.compile.choose import layers
-from fastdiff.compile.fits import Fingerprint, obstacle
+from fastdiff.compile.fits import REFERENCE, Fingerprint, obstacle, say_once
 from fastdiff.compile.graph import CudaGraphs, Graphs
 from fastdiff.compile.measured import choices
 from fastdiff.compile.program import Program
@@ -24,6 +24,7 @@ KEPT = 4  # programs, and sets of graphs, per model
 # What decides whether a program pays, never what is computed; on Zen 4, networks of 0.2 to 219 GFLOP.
 OPERATIONS_PER_SECOND = 8e10  # of the network as it is on one core, about
 SAVED = 0.6  # of that time, by a program
+WORTH = 0.5  # seconds; for less, other rounding than in the calls before is not worth it
 SECONDS = 0.5  # to measure, where no layer size is known, and
 TRIALS = 0.6  # of the time of BATCH images
 SECONDS_PER_WEIGHT = 2.5e-8  # to pack
@@ -44,7 +45,9 @@ class Engine:
         return self.execute is not execute
 
     def describe(self) -> str:
-        return f"{self.name}: {self.why}" if self.why else self.name
+        owner = getattr(self.execute, "__self__", None)
+        why = owner.describe() if isinstance(owner, Graphs) else self.why
+        return f"{self.name}: {why}" if why else self.name
 
 
 class Kept:
@@ -103,6 +106,8 @@ def engine(model: Model, network: Any, dtype: torch.dtype, compile: str, evaluat
     if reason is None and dtype not in (torch.float32, torch.bfloat16):
         reason = f"programs compute in float32 or bfloat16, not in {dtype}"
     if reason is not None:
+        if reason.startswith(REFERENCE):
+            say_once(f"sample: no program can be made, and the network is slow: {reason}; `fastdiff info` shows each op")
         return Engine(network, "network", reason)
     where = _device(network)
     key, store = ("fast", str(where), dtype), kept(model)
@@ -118,9 +123,9 @@ def engine(model: Model, network: Any, dtype: torch.dtype, compile: str, evaluat
 def _captured(model: Model, network, where: torch.device, program: Callable[..., Tensor]) -> Engine:
     """The program, on a GPU with graphs of it."""
     if where.type != "cuda":
-        return Engine(program, "fast")
+        return Engine(program, "fast", program.where if isinstance(program, Program) else "")
     graphs = kept(model).get(("graphs", id(program)), network, lambda: Graphs(CudaGraphs(where)))
-    return Engine(program, "fast", "captured", graphs.execute)
+    return Engine(program, "fast", execute=graphs.execute)
 
 
 def _device(network) -> torch.device:
@@ -142,7 +147,7 @@ def _too_little(model: Model, network, where: torch.device, dtype: torch.dtype, 
     saved = SAVED * store.evaluations * operations / speed
     known = choices(dtype, BATCH)
     unknown = sum(known.find(layer) is None for layer in sizes) / len(sizes)
-    cost = unknown * (SECONDS + TRIALS * BATCH * operations / speed)
+    cost = WORTH + unknown * (SECONDS + TRIALS * BATCH * operations / speed)
     cost += SECONDS_PER_WEIGHT * sum(p.numel() for p in network.parameters())
     return "" if saved > cost else f"compiling takes some {cost:.1f} s and would save {saved:.1f} s; compile='fast' does it"
 

@@ -34,8 +34,14 @@ def candidates(step: Conv3x3, dtype: torch.dtype) -> list[str]:
     return [LIBRARY, *(name for name in CANDIDATES.get(dtype, ()) if name in known)]
 
 
-def bind(step: Conv3x3, algorithm: str, program: Program, packed: Tensor | None = None) -> None:
-    """Prepare the step for the algorithm; `packed` are its weights where they were packed before."""
+def bind(
+    step: Conv3x3,
+    algorithm: str,
+    program: Program,
+    packed: Tensor | None = None,
+    keep: Callable[[Tensor], Tensor] | None = None,
+) -> None:
+    """Prepare the step for the algorithm; `packed` are its weights where they were packed before, `keep` says where else."""
     weight = step.weight
     step.algorithm, step.packed, step.library = algorithm, None, None
     if algorithm == LIBRARY:
@@ -45,7 +51,10 @@ def bind(step: Conv3x3, algorithm: str, program: Program, packed: Tensor | None 
         if packed is not None and (packed.shape, packed.dtype) != (wanted.shape, wanted.dtype):
             got = f"{packed.dtype} {tuple(packed.shape)}"
             raise ValueError(f"packed weights of {step.name}: {got}, not {wanted.dtype} {tuple(wanted.shape)}")
-        step.packed = ops.conv3x3_pack(weight, algorithm) if packed is None else packed
+        if packed is None:
+            packed = ops.conv3x3_pack(weight, algorithm)
+            packed = packed if keep is None else keep(packed)
+        step.packed = packed
     # Of the weight only the shape is read from here on.
     step.weight = weight.new_zeros(()).to(program.dtype).expand(weight.shape)
 
@@ -56,8 +65,12 @@ def choose(
     batch: int = 1,
     given: Mapping[str, str] | None = None,
     packed: Mapping[str, Tensor] | None = None,
+    keep: Callable[[Tensor], Tensor] | None = None,
 ) -> None:
-    """Bind every convolution, to `given`'s algorithms with `packed`'s weights, or to the fastest at `batch` images here."""
+    """Bind every convolution, to `given`'s algorithms with `packed`'s weights, or to the fastest at `batch` images here.
+
+    keep: where weights that are packed now go.
+    """
     known, elsewhere = choices(program.dtype, batch), None
     for step in program.convolutions:
         names = candidates(step, program.dtype)
@@ -72,8 +85,8 @@ def choose(
                 elsewhere = torch.ones(CACHE // 4) if elsewhere is None else elsewhere
                 chosen = _measure(step, program, names, batch, elsewhere)
                 known.add(layer, chosen)
-        kept = packed if packed and given and chosen == given.get(step.name) else {}
-        bind(step, chosen, program, kept.get(step.name))
+        before = packed if packed and given and chosen == given.get(step.name) else {}
+        bind(step, chosen, program, before.get(step.name), keep)
     known.write()
 
 

@@ -1,5 +1,7 @@
 """What can be lowered, and whether the weights are still those that were."""
 
+import warnings
+
 import torch
 from torch import Tensor, nn
 
@@ -15,6 +17,7 @@ KNOWN = {
     nn.Embedding,
     nn.Identity,
 }
+REFERENCE = "this processor runs the reference ops"
 LOOK = 8  # elements of each weight that `Fingerprint` compares
 
 
@@ -36,8 +39,18 @@ def obstacle(network) -> str | None:
         return f"its weights are on several devices, {', '.join(sorted(devices))}; move them to one"
     device = next(iter(devices)).partition(":")[0]
     if device == "cpu" and implementations()["group_norm_silu"]["cpu"].name == "reference":
-        return f"this processor runs the reference ops: {native()}"
+        return f"{REFERENCE}: {native()}"
     return None
+
+
+def say_once(text: str) -> None:
+    """Warn, the first time in this process."""
+    if text not in _said:
+        _said.add(text)
+        warnings.warn(text, stacklevel=4)
+
+
+_said: set[str] = set()
 
 
 class Fingerprint:

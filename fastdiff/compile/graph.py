@@ -176,6 +176,13 @@ class Graphs:
         given = {"x_T": x_T, "noise": noise, "start": start, "guidance": guidance, "adjust": adjust, "on_row": on_row}
         return execute(plan, network, seeds, shape, labels, dtype=dtype, **given)
 
+    def describe(self) -> str:
+        """Which batches run as graphs, and how many cannot."""
+        with self.lock:
+            sizes = sorted({len(session.seeds) for session in self.sessions.values()})
+            steps = f"; {len(self.too_large)} step by step, out of memory" if self.too_large else ""
+            return f"captured for batches of {', '.join(map(str, sizes)) or 'none'}{steps}"
+
     def _session(self, key, plan, network, seeds, shape, labels, dtype, guidance, size) -> Session | None:
         with self.lock:
             if key not in self.sessions:

@@ -1,5 +1,6 @@
 """Program: the flat form of a network, callable as the network is."""
 
+import warnings
 from collections.abc import Sequence
 
 import torch
@@ -28,6 +29,8 @@ class Program:
         self.operations, self.sizes = lowered.operations, lowered.sizes
         self.conditions = Conditions(network, lowered.conditions)
         self.unused = self._last_uses()
+        self.others: set[tuple[int, int]] = set()  # sizes that it was not made for, and met
+        self.where = ""  # its weights are, if not in memory
         self.factor = 2 ** (len(network.config.multipliers) - 1)
 
     def _last_uses(self) -> list[list[int]]:
@@ -52,6 +55,16 @@ class Program:
         if self.network.label is None and next(self.network.parameters()).device.type == "cpu":
             self.conditions(torch.tensor(times, dtype=torch.float32), None, None)
 
+    def _say(self, height: int, width: int) -> None:
+        """Once for each size that the program was not made for."""
+        if (height, width) not in self.others:
+            self.others.add((height, width))
+            warnings.warn(
+                f"x: {height} x {width} is computed by the algorithms that are fastest at {self.size[0]} x {self.size[1]}; "
+                f"fastdiff.compile(model, size=({height}, {width})) measures its own",
+                stacklevel=4,
+            )
+
     @torch.inference_mode()
     def __call__(
         self, x: Tensor, c_noise: Tensor, labels: Tensor | None = None, augment_labels: Tensor | None = None
@@ -60,6 +73,8 @@ class Program:
             raise ValueError(
                 f"x: {x.shape[-2]} x {x.shape[-1]} cannot be halved to the last level; use multiples of {self.factor}"
             )
+        if x.shape[-2:] != self.size:
+            self._say(x.shape[-2], x.shape[-1])
         with torch.autocast(x.device.type, enabled=False):
             c = self.conditions(c_noise, labels, augment_labels)
             v: Values = [None] * self.values

@@ -5,6 +5,7 @@ copies nothing, and several share the memory.
 """
 
 import json
+import mmap
 import os
 import warnings
 from collections.abc import Iterable
@@ -19,6 +20,7 @@ from fastdiff.atomic import atomically
 from fastdiff.checkpoints.stored import DTYPES, safetensors
 from fastdiff.compile import Compiled, program_of
 from fastdiff.compile.fits import obstacle
+from fastdiff.compile.spill import give_back
 from fastdiff.model import READERS, Model
 from fastdiff.ops._winograd import PACKING
 from fastdiff.request import QUALITIES, check_quality
@@ -67,20 +69,21 @@ def _write(path: str, tensors: Iterable[tuple[str, Tensor]], metadata: dict[str,
             file.write(t.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
 
 
-def _mapped(path: Path) -> dict[str, Tensor]:
+def _mapped(path: Path) -> tuple[dict[str, Tensor], mmap.mmap]:
     """Every tensor of the file, where it is mapped: nothing is read before it is used, and nothing written goes back."""
     entries, _ = safetensors(path)  # checks that header and file agree
     with open(path, "rb") as file:
         length = int.from_bytes(file.read(8), "little")
         header = json.loads(file.read(length))
-    data = torch.from_file(str(path), shared=False, size=os.path.getsize(path), dtype=torch.uint8)[8 + length :]
+        area = mmap.mmap(file.fileno(), 0, mmap.MAP_PRIVATE)
+    data = torch.frombuffer(area, dtype=torch.uint8)[8 + length :]
     tensors = {}
     for name, entry in entries.items():
         first, last = header[name]["data_offsets"]
         part = data[first:last]
         part = part.clone() if part.storage_offset() % entry.dtype.itemsize else part  # written by another program
         tensors[name] = part.view(entry.dtype).reshape(tuple(entry.shape))
-    return tensors
+    return tensors, area
 
 
 def read(path: Path, description: dict[str, Any], fields: dict[str, Any], device: str | torch.device) -> Model:
@@ -91,7 +94,7 @@ def read(path: Path, description: dict[str, Any], fields: dict[str, Any], device
     about = description["program"]
     check_quality(about["quality"])
     dtype, size, algorithms = QUALITIES[about["quality"]], tuple(about["size"]), about["algorithms"]
-    state = _mapped(path)
+    state, area = _mapped(path)
     packed = {name.removeprefix(PACKED): state.pop(name) for name in list(state) if name.startswith(PACKED)}
     network = checkpoints.build(UNetConfig(**description["network"]["config"]))
     network.load_state_dict(state, assign=True)
@@ -106,6 +109,7 @@ def read(path: Path, description: dict[str, Any], fields: dict[str, Any], device
         return Model(network.to(memory_format=torch.channels_last), **fields)  # it runs, and was mapped as in the file
     program = program_of(network, dtype, 1, size, algorithms, packed)
     program.tabulate(about["times"])
+    give_back([area])  # what packing by the library has read
     return Compiled(program, **fields, original=network, quality=about["quality"])
 
 

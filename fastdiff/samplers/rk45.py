@@ -38,6 +38,10 @@ MOST = 10_000
 Denoise = Callable[[Tensor, np.ndarray, np.ndarray], Tensor]
 
 
+class TooManyEvaluations(RuntimeError):
+    """An image needs more evaluations than it may take."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Adaptive(Plan):
     """A plan without rows: the ODE's tolerances, and the evaluations of each image as they are counted."""
@@ -262,7 +266,7 @@ class _Solver:
 
     def denoised(self, y: Tensor, u: np.ndarray, active: np.ndarray) -> Tensor:
         if len(active) and self.evaluations[active].max() >= self.most:
-            raise RuntimeError(
+            raise TooManyEvaluations(
                 f"rk45: a sample needs more than {self.most} evaluations; loosen rtol and atol, or allow more"
             )
         self.evaluations[active] += 1

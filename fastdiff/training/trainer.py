@@ -81,8 +81,9 @@ class Trainer:
         self.loss.start(self.network)
         self.forward = torch.compile(self.network) if config.compile else self.network
         self.ema = Averages(self.network, config.ema, config.ema_rampup)
+        fused = {} if config.optimizer == "radam" else {"fused": True}  # one pass over memory; RAdam has none
         self.optimizer = OPTIMIZERS[config.optimizer](
-            self.network.parameters(), lr=config.lr, betas=config.betas, weight_decay=config.weight_decay
+            self.network.parameters(), lr=config.lr, betas=config.betas, weight_decay=config.weight_decay, **fused
         )
         self.guard = Guard(LAG if self.device.type == "cuda" else 1)
         self.out.mkdir(parents=True, exist_ok=True)

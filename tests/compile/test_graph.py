@@ -1,5 +1,7 @@
 """The captured loop, with a stand-in that records what CUDA graphs would: what is captured, replayed and refused."""
 
+import warnings
+
 import pytest
 import torch
 from compiled_networks import model_of
@@ -52,7 +54,7 @@ def captured(monkeypatch):
         monkeypatch.setattr(
             automatic,
             "_captured",
-            lambda model, network, where, program: automatic.Engine(program, "fast", "captured", graphs.execute),
+            lambda model, network, where, program: automatic.Engine(program, "fast", execute=graphs.execute),
         )
         return graphs
 
@@ -119,6 +121,7 @@ def test_buckets(captured):
     for n in (1, 2, 3, 4, 5, 8, 9, 16, 17):
         fastdiff.sample(model, 1, seeds=range(n), compile="fast")
     assert recorder.records == 6 and len(graphs.sessions) == KEPT
+    assert fastdiff.run(model, 1, seeds=[0, 1, 2], compile="fast").engine == "fast: captured for batches of 4, 8, 16, 32"
 
 
 def test_out_of_memory(captured):
@@ -129,8 +132,8 @@ def test_out_of_memory(captured):
     with pytest.warns(UserWarning, match="capturing 9 images at once ran out of memory.* batch_size=4 would fit"):
         got = fastdiff.sample(model, 2, seeds=range(9), compile="fast")
     assert torch.equal(got, expected)
-    import warnings
-
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert torch.equal(fastdiff.sample(model, 2, seeds=range(9), compile="fast"), expected)
+        again = fastdiff.run(model, 2, seeds=range(9), compile="fast")
+    assert torch.equal(again.images, expected)
+    assert again.engine == "fast: captured for batches of none; 1 step by step, out of memory"

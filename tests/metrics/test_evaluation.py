@@ -72,6 +72,30 @@ def test_evaluations_are_counted_and_images_not_kept(data, judge, monkeypatch):
     assert row.nfe == 5 and len(row.times) == 5
 
 
+def test_adaptive_evaluations(data, judge, monkeypatch):
+    """rk45 takes as many as an image needs, in other chunks another number: the most is reported, however they are cut."""
+    from fastdiff.metrics import evaluation as module
+
+    def net(x, t, labels=None):
+        return torch.sin(x[:, :, :1, :1]).expand_as(x)  # one pixel says how hard the path is
+
+    model = fastdiff.wrap(net, schedule=fastdiff.schedules.EDM(), prediction="x0", shape=(1, 8, 8))
+    reference = Reference.of(data.images, data.labels, judge)
+    whole = evaluate(model, reference, 500, 12, sampler="rk45", rtol=1e-3, atol=1e-3)
+    counts, run = [], module.run
+
+    def counted(*given, **options):
+        made = run(*given, **options)
+        counts.append(made.evaluations)
+        return made
+
+    monkeypatch.setattr(module, "CHUNK", 2)
+    monkeypatch.setattr(module, "run", counted)
+    row = evaluate(model, reference, 500, 12, sampler="rk45", rtol=1e-3, atol=1e-3)
+    assert len(set(counts)) > 1 and row.nfe == max(counts) == whole.nfe and row.sampler == "rk45"
+    assert row.fd == pytest.approx(whole.fd)
+
+
 def test_real_images_have_the_floor(data, judge):
     """Half A as if it were generated."""
     reference = Reference.of(data.images, data.labels, judge)
