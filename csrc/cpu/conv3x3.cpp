@@ -1,7 +1,7 @@
 // conv3x3 by Winograd's algorithm. Formula: fastdiff/ops/conv3x3.py; the algorithm's story: docs/conv3x3.md.
 //
 // A sample's image is cut into tiles of kOut x kOut results. For a slab of some rows of tiles: norm and SiLU of x into a
-// padded image of a few channels, B^T d B of its tiles into kIn^2 matrices V [tiles, channels]; then for every block of 64
+// padded image of a few channels, B^T d B of its tiles into kIn^2 matrices V [tiles, channels]; then for every block of
 // output channels kIn^2 products V U, A^T m A of the results, bias, residual, scale, statistics. A result is one sum in
 // the order of the channels, statistics are taken a row of tiles at a time: neither depends on batch, slabs or threads.
 #ifndef FASTDIFF_ISA

@@ -22,6 +22,7 @@ from fastdiff.compile import Compiled, program_of
 from fastdiff.compile.fits import obstacle
 from fastdiff.compile.spill import give_back
 from fastdiff.model import READERS, Model
+from fastdiff.ops._winograd import PACKING
 from fastdiff.request import QUALITIES, check_quality
 from fastdiff.unet import UNetConfig
 from fastdiff.version import __version__
@@ -31,9 +32,9 @@ PACKED = "packed."
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
-def machine() -> dict[str, str]:
+def machine() -> dict[str, str | int]:
     """What the packing depends on."""
-    return {"fastdiff": __version__, "native": ops.native().partition(" (")[0]}
+    return {"fastdiff": __version__, "native": ops.native().partition(" (")[0], "packing": PACKING}
 
 
 def save(model: Compiled, path: str | os.PathLike) -> None:

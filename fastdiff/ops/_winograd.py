@@ -13,6 +13,7 @@ _FOUR = (0.0, 0.5**0.5, -(0.5**0.5), 2**0.5, -(2**0.5))
 POINTS = {"winograd4": _FOUR, "winograd4_lean": _FOUR, "winograd2": (0.0, 1.0, -1.0)}
 OPERAND = {"winograd4": torch.float32, "winograd4_lean": torch.float32, "winograd2": torch.bfloat16}
 BLOCK = {"winograd4": 64, "winograd4_lean": 16, "winograd2": 64}  # output channels next to each other
+PACKING = 2  # of what `_pack` makes: raised when that changes, so that programs saved before are packed again
 UNIT = 16  # what the output channels of the last block are a multiple of
 
 

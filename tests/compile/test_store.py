@@ -63,10 +63,14 @@ def test_weights_stay_the_callers(saved):
     assert path.read_bytes() == before
 
 
-def test_another_machine(saved, monkeypatch):
-    """Packed weights of another instruction set are not used: compiled again, and said."""
+ELSEWHERE = {"machine": lambda: {"fastdiff": "9.9", "native": "other"}, "PACKING": 0}
+
+
+@pytest.mark.parametrize("what", ELSEWHERE)
+def test_another_machine(saved, monkeypatch, what):
+    """Weights packed for another instruction set, or otherwise than today, are not used: compiled again, and said."""
     fast, path = saved
-    monkeypatch.setattr(store, "machine", lambda: {"fastdiff": "9.9", "native": "other"})
+    monkeypatch.setattr(store, what, ELSEWHERE[what])
     with pytest.warns(UserWarning, match="packed on another machine or release; compiling again"):
         again = fastdiff.load(path)
     expected, got = (fastdiff.sample(m, 2, seeds=SEEDS) for m in (fast, again))

@@ -171,6 +171,22 @@ def test_bits_depend_on_neither_batch_nor_threads(algorithm, dtype, side):
         torch.set_num_threads(threads)
 
 
+@pytest.mark.parametrize("inputs", [20, 300])  # 300: two runs of sums
+def test_few_tiles_have_the_bits_that_each_has_alone(isa, inputs):
+    x, weight = torch.randn(9, inputs, 3, 4), torch.randn(24, inputs, 3, 3) / (3 * inputs**0.5)  # an image is a tile
+    packed = conv3x3_pack(weight, "winograd4_lean")
+
+    def run(part):
+        return conv3x3(part, weight, packed=packed, algorithm="winograd4_lean")[0]
+
+    alone = torch.cat([run(image) for image in x.split(1)])
+    truth = functional.conv2d(x.double(), weight.double(), padding=1)
+    allowed = tolerance("winograd4_lean", torch.float32, x, weight, 1, truth.abs().max().item())
+    assert (alone - truth).abs().max() <= allowed
+    for tiles in range(2, 10):
+        assert torch.equal(run(x[:tiles]), alone[:tiles])
+
+
 def test_statistics_of_images_far_from_zero():
     x, weight = torch.randn(2, 16, 12, 12), torch.randn(32, 16, 3, 3) / 12
     y, stats = conv3x3(x, weight, torch.full((32,), 1e3), stats_groups=4, algorithm="winograd4")
