@@ -4,8 +4,8 @@
     python benchmarks/bench_training.py --memory fastdiff           # peak resident memory of a few steps; also: diffusers
 
 Both sides do a whole step at equal dtype: images from bytes, noise, forward, backward, clipping, Adam, one moving average.
-diffusers' side is written with PyTorch's fastest words (torch.compile, fused Adam, foreach average), so that only the network
-and the noising differ. FASTDIFF_TRAIN_BATCH sets the images of a step.
+diffusers' side is written with PyTorch's fastest words (torch.compile, fused Adam, foreach average), so that only
+the network and the noising differ. FASTDIFF_TRAIN_BATCH sets the images of a step.
 """
 
 import argparse

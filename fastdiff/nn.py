@@ -10,6 +10,8 @@ from torch.nn import functional
 from fastdiff import ops
 
 ONEDNN = torch.backends.mkldnn.is_available()
+TRAINING = "winograd4_lean"  # of `ops.conv3x3`: the one whose weights are packed in moments
+WIDE = 32  # channels, below which it gains nothing
 ROWS = 16  # matrices in `Linear` get whole multiples of so many rows, see _order_matters
 
 
@@ -35,6 +37,11 @@ def _order_matters(x: Tensor) -> bool:
     return ONEDNN and x.device.type == "cpu" and x.dtype == torch.float32 and x.numel() > 0
 
 
+@torch.compiler.assume_constant_result
+def _has_winograd() -> bool:
+    return TRAINING in ops.conv3x3_algorithms(torch.float32)
+
+
 class Conv2d(nn.Conv2d):
     """Same-size convolution (stride 1) or halving convolution (stride 2), initialised as in DDPM.
 
@@ -49,6 +56,8 @@ class Conv2d(nn.Conv2d):
         self.weight.data = self.weight.data.contiguous(memory_format=torch.channels_last)
 
     def forward(self, x: Tensor) -> Tensor:
+        if self._learns_by_winograd(x):
+            return ops.conv3x3(x, self.weight, self.bias, algorithm=TRAINING)[0]
         if not _order_matters(x):
             return super().forward(x)
         if self.kernel_size == (1, 1):
@@ -57,6 +66,18 @@ class Conv2d(nn.Conv2d):
             return super().forward(x)
         assert not isinstance(self.padding, str)
         return torch.mkldnn_convolution(x, self.weight, self.bias, self.padding, self.stride, self.dilation, self.groups)
+
+    def _learns_by_winograd(self, x: Tensor) -> bool:
+        """Whether weights that change at every step are transformed at every step: by their shape, never by a clock.
+
+        So a resumed run computes what the run it continues would have.
+        """
+        if not (torch.is_grad_enabled() and self.weight.requires_grad) or torch.is_autocast_enabled(x.device.type):
+            return False
+        usual = self.kernel_size == (3, 3) and self.stride == (1, 1) and self.padding == (1, 1)
+        if not usual or min(self.in_channels, self.out_channels) < WIDE or x.dtype != torch.float32:
+            return False
+        return self.weight.dtype == torch.float32 and x.device.type == "cpu" and _has_winograd()
 
     def _pointwise(self, x: Tensor) -> Tensor:
         """A 1x1 convolution as one matrix product per image, which is channels-last already."""

@@ -39,12 +39,13 @@ def check_algorithm(algorithm: str) -> None:
         raise ValueError(f"algorithm: {algorithm!r} is not known here; use {' or '.join(ALGORITHMS)}")
 
 
-def _pack(weight, algorithm):
+def _pack(weight, algorithm, transposed):
     """direct: as it is. Winograd: blocks of output channels, one after the other, padded with zeros, rounded once.
 
     winograd4, winograd2: [values, I / step, BLOCK, step]. winograd4_lean: [I, values, BLOCK].
     """
     check_algorithm(algorithm)
+    weight = weight.transpose(0, 1).flip(2, 3) if transposed else weight
     if algorithm == "direct":
         return weight.clone(memory_format=torch.contiguous_format)
     values, inputs, outputs = packed_shape(weight, algorithm)
@@ -65,11 +66,12 @@ def _pack(weight, algorithm):
     return packed.view(values, inputs, outputs)
 
 
-def _fake_pack(weight, algorithm):
+def _fake_pack(weight, algorithm, transposed):
+    weight = weight.transpose(0, 1) if transposed else weight
     if algorithm == "direct":
         return torch.empty_like(weight, memory_format=torch.contiguous_format)
     return weight.new_empty(packed_shape(weight, algorithm), dtype=OPERAND[algorithm])
 
 
-_register.define("conv3x3_pack", "(Tensor weight, str algorithm) -> Tensor", _pack, _fake_pack)
+_register.define("conv3x3_pack", "(Tensor weight, str algorithm, bool transposed) -> Tensor", _pack, _fake_pack)
 _register.compose("conv3x3_pack", _pack)

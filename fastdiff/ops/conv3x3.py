@@ -121,7 +121,7 @@ _OPTIONAL = {"bias": 2, "norm_weight": 3, "norm_bias": 4, "add": 7, "scale": 8, 
 def _save(args, out):
     x, weight = args[:2]
     given = {k: args[i] for k, i in _OPTIONAL.items() if args[i] is not None}
-    scalars = {"groups": args[5], "eps": args[6], "silu": args[11], "out_scale": args[13]}
+    scalars = {"groups": args[5], "eps": args[6], "silu": args[11], "out_scale": args[13], "algorithm": args[16]}
     return (x, weight, out[2], *given.values()), scalars | {"given": list(given), "outputs": 3}
 
 
@@ -147,18 +147,26 @@ class _Saved:
         return group_norm_silu(*arguments) if self.normed else self.x
 
 
-def _convolution_backward(dy, h, weight, needs):
-    """Gradients of h and weight."""
+def _convolution_backward(dy, h, weight, needs, algorithm):
+    """Gradients of h and weight. That of h is a convolution too, by the same algorithm where its weights are soon packed."""
     if h.numel() == 0:
         return torch.zeros_like(h), torch.zeros_like(weight)
-    arguments = (None, [1, 1], [1, 1], [1, 1], False, [0, 0], 1, [*needs, False])
-    dh, dw, _ = torch.ops.aten.convolution_backward(dy, h, weight.to(h.dtype), *arguments)
+    dh, dw, wanted = None, None, list(needs)
+    if needs[0] and algorithm == "winograd4_lean":
+        packed, back = conv3x3_pack(weight, algorithm, transposed=True), weight.transpose(0, 1)
+        back = back.flip(2, 3) if torch.is_grad_enabled() else back  # a second derivative reads it, a first one its shape
+        dh = conv3x3(dy, back, packed=packed, algorithm=algorithm)[0]
+        wanted[0] = False
+    if any(wanted):
+        arguments = (None, [1, 1], [1, 1], [1, 1], False, [0, 0], 1, [*wanted, False])
+        direct, dw, _ = torch.ops.aten.convolution_backward(dy, h, weight.to(h.dtype), *arguments)
+        dh = direct if dh is None else dh
     return dh, None if dw is None else dw.to(weight.dtype)
 
 
 def _backward(tensors, rest, needs, dy, _dstats, _dof_x):
     saved, grads = _Saved(tensors, rest), [None] * 17
-    dz = _wide(dy) * rest["out_scale"]
+    dz = _wide(dy) if rest["out_scale"] == 1 else _wide(dy) * rest["out_scale"]
     if needs[2]:
         bias = saved["bias"]
         grads[2] = dz.sum((0, 2, 3) if bias.dim() == 1 else (2, 3)).to(bias.dtype)
@@ -166,7 +174,8 @@ def _backward(tensors, rest, needs, dy, _dstats, _dof_x):
         grads[12] = dz.to(saved["residual"].dtype)
     inner = any(needs[i] for i in (0, 3, 4, 7, 8, 9))
     if inner or needs[1]:
-        grads[0], grads[1] = _convolution_backward(dz.to(dy.dtype), saved.hidden(), saved.weight, (inner, needs[1]))
+        given = (dz.to(dy.dtype), saved.hidden(), saved.weight)
+        grads[0], grads[1] = _convolution_backward(*given, (inner, needs[1]), rest["algorithm"])
     if inner and saved.normed:
         made = torch.ops.fastdiff.group_norm_silu_backward(grads[0], *saved.norm_arguments(), rest["silu"])
         for i, gradient in zip((0, 3, 4, 7, 8, 9), made, strict=True):
@@ -218,7 +227,7 @@ def conv3x3(
         stats_groups: 0, or the number of groups of the next norm.
         packed: `conv3x3_pack(weight, algorithm)`, which then is what is multiplied; of `weight` only the shape is read, so
             that one element expanded to [O, I, 3, 3] may stand in for it. Derivatives read weight, not packed. Absent, it is
-            made in every call, which costs more than it saves.
+            made in every call, which costs more than it saves, but for "winograd4_lean": training packs its weights so.
         algorithm: "direct", or one of those that `conv3x3_algorithms(x.dtype, x.device)` names. "winograd4": F(4x4, 3x3),
             products in float32. "winograd4_lean": the same with weights that are transformed while they are used, which
             take a quarter of the memory and of its bandwidth. "winograd2": F(2x2, 3x3), products of bfloat16. Named by the
@@ -254,17 +263,18 @@ def conv3x3(
     return y, stats if stats_groups else None
 
 
-def conv3x3_pack(weight: torch.Tensor, algorithm: str = "direct") -> torch.Tensor:
+def conv3x3_pack(weight: torch.Tensor, algorithm: str = "direct", transposed: bool = False) -> torch.Tensor:
     """The weights as `algorithm` wants them, on weight's device, for `conv3x3(..., packed=...)`.
 
     "direct": [O, I, 3, 3] as it is. "winograd4": float32, 4 times as many elements, and "winograd2": bfloat16, 16/9 times as
     many; both transformed in float64 and rounded once, so pack the most precise weights there are. "winograd4_lean":
     float32, as many elements as before. Shape and content may change with any release: pack at load, store weights.
+    transposed: the weights, [I, O, 3, 3] and turned by half a turn, of the convolution that carries dy back to dx.
     """
     if weight.dim() != 4 or weight.shape[2:] != (3, 3) or not weight.is_floating_point():
         raise TypeError(f"weight: expected a floating-point tensor [O, I, 3, 3], got {weight.dtype} {tuple(weight.shape)}")
     check_algorithm(algorithm)
-    return torch.ops.fastdiff.conv3x3_pack(weight.detach(), algorithm)
+    return torch.ops.fastdiff.conv3x3_pack(weight.detach(), algorithm, transposed)
 
 
 def conv3x3_algorithms(dtype: torch.dtype, device: str | torch.device = "cpu") -> tuple[str, ...]:
@@ -290,7 +300,7 @@ def _served(algorithm, x, weight, packed):
     if algorithm not in served:
         raise ValueError(f"algorithm: {algorithm!r} is not served for {x.dtype} on {x.device}; use {' or '.join(served)}")
     if packed is None:
-        return torch.ops.fastdiff.conv3x3_pack(weight.detach(), algorithm)
+        return torch.ops.fastdiff.conv3x3_pack(weight.detach(), algorithm, False)
     expected = packed_shape(weight, algorithm)
     if packed.dtype != OPERAND[algorithm] or tuple(packed.shape) != expected or not packed.is_contiguous():
         raise ValueError(

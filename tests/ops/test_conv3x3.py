@@ -128,7 +128,7 @@ def test_packed_weights_are_those_multiplied():
     stand_in = weight.new_full((1,), float("nan")).expand(weight.shape)
     torch.testing.assert_close(conv3x3(x, stand_in, packed=packed, **options), conv3x3(x, weight, **options))
     assert packed.data_ptr() != weight.data_ptr()
-    torch.library.opcheck(torch.ops.fastdiff.conv3x3_pack.default, (weight, "direct"))
+    torch.library.opcheck(torch.ops.fastdiff.conv3x3_pack.default, (weight, "direct", True))
 
 
 NAMES = ("x", "weight", "bias", "residual", "w", "b", "add", "scale", "shift")

@@ -223,7 +223,7 @@ def test_opcheck(algorithm, dtype, channels_last):
     tests = ("test_schema", "test_autograd_registration", "test_faketensor")
     arguments = (x, weight, options["bias"], *norm[:8], True, options["residual"], 0.7, 2, packed, algorithm)
     torch.library.opcheck(torch.ops.fastdiff.conv3x3.default, arguments, test_utils=tests)
-    torch.library.opcheck(torch.ops.fastdiff.conv3x3_pack.default, (weight, algorithm), test_utils=tests)
+    torch.library.opcheck(torch.ops.fastdiff.conv3x3_pack.default, (weight, algorithm, False), test_utils=tests)
 
 
 def test_compiles_as_one_graph():
@@ -283,3 +283,53 @@ def test_packed_must_belong(packed_as):
         args = (x, weight, None, None, None, 1, 1e-5, None, None, None, None, True, None, 1.0, 0, packed, algorithm)
         with pytest.raises(RuntimeError, match="packed: is not this weight's by winograd4"):
             torch.ops.fastdiff.conv3x3(*args)
+
+
+# A weight's layouts: as stored, channels-last, of the way back, and views of wider ones.
+LAYOUTS = {
+    "rows": lambda o, i: torch.randn(o, i, 3, 3),
+    "channels-last": lambda o, i: torch.randn(o, 3, 3, i).permute(0, 3, 1, 2),
+    "transposed": lambda o, i: torch.randn(i, o, 3, 3).transpose(0, 1),
+    "view": lambda o, i: torch.randn(o, 3, 3, 2 * i).permute(0, 3, 1, 2)[:, ::2],
+}
+
+
+@pytest.mark.parametrize("transposed", [False, True], ids=["forth", "back"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_packed_by_the_kernel_as_by_tensor_operations(layout, transposed):
+    """Blocks of outputs whole, cut short and one; input channels that do not fill a line."""
+    for outputs, inputs in ((64, 32), (100, 37), (3, 128), (17, 1), (1, 17), (128, 64)):
+        weight = LAYOUTS[layout](outputs, inputs)
+        packed = conv3x3_pack(weight, "winograd4_lean", transposed)
+        assert torch.equal(packed, _winograd._pack(weight, "winograd4_lean", transposed))
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_gradients_of_what_training_runs(shape):
+    """x's gradient is a Winograd convolution of dy, with that one's tolerance; the others are the library's."""
+    x, weight, _ = make(shape, only=set())
+    dy = torch.randn(shape[0], shape[2], *shape[3:])
+    tensors = [t.requires_grad_() for t in (x, weight, torch.randn(shape[2]))]
+    got = torch.autograd.grad(conv3x3(*tensors, algorithm="winograd4_lean")[0], tensors, dy)
+    exact = [t.detach().double().requires_grad_() for t in tensors]
+    truth = torch.autograd.grad(functional.conv2d(*exact, padding=1), exact, dy.double())
+    back = weight.detach().transpose(0, 1).flip(2, 3)
+    allowed = tolerance("winograd4_lean", torch.float32, dy, back, 1.0, truth[0].abs().max().item())
+    assert (got[0] - truth[0]).abs().max() <= allowed
+    for gradient, right in zip(got[1:], truth[1:], strict=True):
+        torch.testing.assert_close(gradient.double(), right, rtol=1e-4, atol=1e-4)
+
+
+def test_second_derivative_of_what_training_runs():
+    """It is taken through the weight, which the packed copy would hide."""
+    x, weight, _ = make(SHAPES[0], only=set())
+    tensors = [x.requires_grad_(), weight.requires_grad_()]
+
+    def penalty(convolve):
+        (dx,) = torch.autograd.grad(convolve(x, weight).square().sum(), x, create_graph=True)
+        return torch.autograd.grad(dx.square().sum(), tensors)
+
+    got = penalty(lambda x, w: conv3x3(x, w, algorithm="winograd4_lean")[0])
+    truth = penalty(lambda x, w: functional.conv2d(x, w, padding=1))
+    for one, two in zip(got, truth, strict=True):
+        torch.testing.assert_close(one, two, rtol=1e-3, atol=1e-3 * two.abs().max().item())
