@@ -3,6 +3,8 @@
 import copy
 import dataclasses
 import functools
+import hashlib
+import json
 from pathlib import Path
 
 import torch
@@ -74,7 +76,8 @@ class Case:
 
     @property
     def key(self) -> str:
-        return f"{self.net}-b{self.batch}"
+        """Of what is kept between runs: another release may draw other random weights."""
+        return f"{self.net}-{_drawn(self.net)}-b{self.batch}"
 
     def network(self) -> UNet:
         """The same random weights every time, drawn once a process; branches that start at zero are awake."""
@@ -134,6 +137,13 @@ def _network(net: str) -> UNet:
         if isinstance(module, (nn.Conv2d, nn.Linear)) and not module.weight.any():
             _initialise(module)
     return network.eval().requires_grad_(False)
+
+
+@functools.lru_cache(maxsize=1)
+def _drawn(net: str) -> str:
+    """A digest of the weights, a few of each."""
+    looks = [p.detach().flatten()[:4].tolist() for p in _network(net).parameters()]
+    return hashlib.sha256(json.dumps(looks).encode()).hexdigest()[:8]
 
 
 def onnx_file(case: Case) -> Path:
