@@ -70,6 +70,11 @@ def conv3x3(device):
     return lambda: ops.conv3x3(x, w), lambda: functional.conv2d(x, w, padding=1), "conv2d"
 
 
+def conv3x3_pack(device):
+    w = torch.zeros(8, 8, 3, 3, device=device)
+    return lambda: ops.conv3x3_pack(w, "winograd4_lean"), lambda: w.permute(1, 2, 3, 0).contiguous(), "contiguous"
+
+
 def resample(device):
     x, taps = torch.zeros(1, 4, 4, 4, device=device), torch.ones(2, device=device)
     return lambda: ops.resample(x, taps, down=2), lambda: functional.avg_pool2d(x, 2), "avg_pool2d"
@@ -84,7 +89,7 @@ CASES = {
     fn.__name__: fn
     for fn in (
         philox_normal, add_noise, schedule_coefficients, denoise_step, langevin_step, group_norm_silu, group_norm_attention,
-        conv3x3, resample, embedding,
+        conv3x3, conv3x3_pack, resample, embedding,
     )
 }  # fmt: skip
 

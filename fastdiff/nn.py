@@ -11,6 +11,7 @@ from fastdiff import ops
 
 ONEDNN = torch.backends.mkldnn.is_available()
 TRAINING = "winograd4_lean"  # of `ops.conv3x3`: the one whose weights are packed in moments
+SERVED = TRAINING in ops.conv3x3_algorithms(torch.float32)
 WIDE = 32  # channels, below which it gains nothing
 ROWS = 16  # matrices in `Linear` get whole multiples of so many rows, see _order_matters
 
@@ -35,11 +36,6 @@ def _order_matters(x: Tensor) -> bool:
     if torch.compiler.is_compiling() or torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"):
         return False
     return ONEDNN and x.device.type == "cpu" and x.dtype == torch.float32 and x.numel() > 0
-
-
-@torch.compiler.assume_constant_result
-def _has_winograd() -> bool:
-    return TRAINING in ops.conv3x3_algorithms(torch.float32)
 
 
 class Conv2d(nn.Conv2d):
@@ -77,7 +73,7 @@ class Conv2d(nn.Conv2d):
         usual = self.kernel_size == (3, 3) and self.stride == (1, 1) and self.padding == (1, 1)
         if not usual or min(self.in_channels, self.out_channels) < WIDE or x.dtype != torch.float32:
             return False
-        return self.weight.dtype == torch.float32 and x.device.type == "cpu" and _has_winograd()
+        return self.weight.dtype == torch.float32 and x.device.type == "cpu" and SERVED
 
     def _pointwise(self, x: Tensor) -> Tensor:
         """A 1x1 convolution as one matrix product per image, which is channels-last already."""
