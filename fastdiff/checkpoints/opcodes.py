@@ -10,7 +10,7 @@ NAME = 4096  # bytes of the longest module's or class's name
 TEXT = 64 << 20  # bytes of all text; EDM's pickles carry their source, 40 KB for each class
 
 # Opcodes that a pickle of weights needs: bytes of argument, or where the length of the argument is.
-_FIXED = {"PROTO": 1, "FRAME": 8, "BININT": 4, "BININT1": 1, "BININT2": 2, "BINFLOAT": 8, "BINGET": 1, "LONG_BINGET": 4}
+_FIXED = {"PROTO": 1, "BININT": 4, "BININT1": 1, "BININT2": 2, "BINFLOAT": 8, "BINGET": 1, "LONG_BINGET": 4}
 _PUTS = {"BINPUT": 1, "LONG_BINPUT": 4}
 _COUNTED = {
     "SHORT_BINUNICODE": 1,
@@ -21,6 +21,7 @@ _COUNTED = {
     "LONG1": 1,
 }
 _DATA = {"BINBYTES": 4, "BINBYTES8": 8}
+_FRAMES = {"FRAME": 8}
 _PLAIN = ["MARK", "STOP", "POP", "NONE", "NEWTRUE", "NEWFALSE", "EMPTY_DICT", "EMPTY_LIST", "EMPTY_TUPLE", "EMPTY_SET"]
 _PLAIN += ["APPEND", "APPENDS", "SETITEM", "SETITEMS", "ADDITEMS", "FROZENSET", "TUPLE", "TUPLE1", "TUPLE2", "TUPLE3"]
 _PLAIN += ["STACK_GLOBAL", "NEWOBJ", "REDUCE", "BUILD", "MEMOIZE", "BINPERSID"]
@@ -28,7 +29,7 @@ _PLAIN += ["STACK_GLOBAL", "NEWOBJ", "REDUCE", "BUILD", "MEMOIZE", "BINPERSID"]
 
 def _table() -> list[tuple[str, int] | None]:
     table: list[tuple[str, int] | None] = [None] * 256
-    for kind, names in (("fixed", _FIXED), ("put", _PUTS), ("counted", _COUNTED), ("data", _DATA)):
+    for kind, names in (("fixed", _FIXED), ("put", _PUTS), ("counted", _COUNTED), ("data", _DATA), ("frame", _FRAMES)):
         for name, width in names.items():
             table[getattr(pickle, name)[0]] = (kind, width)
     for name in _PLAIN:
@@ -64,6 +65,10 @@ def scan(data: Any, start: int = 0) -> int:
         else:
             number = int.from_bytes(data[at : at + width], "little")
             at += width
+            if kind == "frame":
+                if number > size - at:  # it would be asked for at once
+                    raise CheckpointError(f"its pickle claims {number} bytes of the {size - at} that follow")
+                continue
             if kind == "put":
                 if number > OPERATIONS:
                     raise CheckpointError(f"its pickle numbers an object {number}")

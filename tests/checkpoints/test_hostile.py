@@ -112,6 +112,7 @@ def test_pickle_that_changes_what_it_is_given(trap, tmp_path):
         (b"\x80\x04", "ends in the middle of a pickle"),
         (b"\x80\x04]\x94" + b"\x8e" + struct.pack("<Q", 2**60) + b"x.", "ends in the middle"),
         (b"\x80\x04]r\xff\xff\xff\x7f.", "numbers an object 2147483647"),
+        (b"\x80\x04\x95" + struct.pack("<Q", 2**45) + b"].", "claims 35184372088832 bytes of the 2 that follow"),
         (b"\x80\x04" + b"]" * 2_000_000 + b".", "more than 600000 operations"),
         (b"\x80\x04" + b"(" * 500_000 + b"t" * 90_000 + b".", "it holds a tuple, not a fastdiff"),
         (b"\x80\x04\x82\x01.", "opcode 0x82"),
@@ -123,7 +124,7 @@ def test_pickle_that_changes_what_it_is_given(trap, tmp_path):
         (b"\x00" * 100, "truncated or not a .safetensors file"),
         (b"PK\x03\x04" + b"\x00" * 100, "truncated or damaged zip file"),
     ],
-    ids=range(13),
+    ids=range(14),
 )
 def test_broken_bytes(data, words, tmp_path):
     (tmp_path / "m").write_bytes(data)
