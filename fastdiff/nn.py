@@ -11,7 +11,7 @@ from fastdiff import ops
 
 ONEDNN = torch.backends.mkldnn.is_available()
 TRAINING = "winograd4_lean"  # of `ops.conv3x3`: the one whose weights are packed in moments
-SERVED = TRAINING in ops.conv3x3_algorithms(torch.float32)
+SERVED = TRAINING in ops.conv3x3_algorithms(torch.float32)  # a constant of the process: compilers cannot trace the question
 WIDE = 32  # channels, below which it gains nothing
 ROWS = 16  # matrices in `Linear` get whole multiples of so many rows, see _order_matters
 
