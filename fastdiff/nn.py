@@ -1,6 +1,7 @@
 """The modules a diffusion U-Net is built from, thin over `fastdiff.ops`."""
 
 import math
+import statistics
 
 import numpy as np
 import torch
@@ -12,6 +13,8 @@ from fastdiff import ops
 ONEDNN = torch.backends.mkldnn.is_available()
 TRAINING = "winograd4_lean"  # of `ops.conv3x3`: the one whose weights are packed in moments
 SERVED = TRAINING in ops.conv3x3_algorithms(torch.float32)  # a constant of the process: compilers cannot trace the question
+MATRIX_UNIT = bool(torch.cpu._is_amx_tile_supported())  # multiplies bfloat16 8 times as fast as float32, others twice
+PIXELS = 512  # of a batch, below which transforming the weights takes longer than products of bfloat16 do
 WIDE = 32  # channels, below which it gains nothing
 ROWS = 16  # matrices in `Linear` get whole multiples of so many rows, see _order_matters
 
@@ -53,6 +56,7 @@ class Conv2d(nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         if self._learns_by_winograd(x):
+            x = x.to(torch.get_autocast_dtype("cpu")) if torch.is_autocast_enabled("cpu") else x
             return ops.conv3x3(x, self.weight, self.bias, algorithm=TRAINING)[0]
         if not _order_matters(x):
             return super().forward(x)
@@ -66,14 +70,17 @@ class Conv2d(nn.Conv2d):
     def _learns_by_winograd(self, x: Tensor) -> bool:
         """Whether weights that change at every step are transformed at every step: by their shape, never by a clock.
 
-        So a resumed run computes what the run it continues would have.
+        So a resumed run computes what the run it continues would have. Under autocast too, in float32 inside, where there are
+        pixels enough: F(4x4, 3x3) multiplies a quarter as often, which is worth more than products that are twice as fast.
         """
-        if not (torch.is_grad_enabled() and self.weight.requires_grad) or torch.is_autocast_enabled(x.device.type):
+        if not (SERVED and torch.is_grad_enabled() and self.weight.requires_grad) or x.device.type != "cpu":
             return False
         usual = self.kernel_size == (3, 3) and self.stride == (1, 1) and self.padding == (1, 1)
-        if not usual or min(self.in_channels, self.out_channels) < WIDE or x.dtype != torch.float32:
+        if not usual or min(self.in_channels, self.out_channels) < WIDE or self.weight.dtype != torch.float32:
             return False
-        return self.weight.dtype == torch.float32 and x.device.type == "cpu" and SERVED
+        if torch.is_autocast_enabled("cpu"):
+            return not MATRIX_UNIT and x.shape[0] * x.shape[2] * x.shape[3] >= PIXELS
+        return x.dtype == torch.float32
 
     def _pointwise(self, x: Tensor) -> Tensor:
         """A 1x1 convolution as one matrix product per image, which is channels-last already."""
@@ -83,6 +90,19 @@ class Conv2d(nn.Conv2d):
         assert self.bias is not None
         y = torch.baddbmm(self.bias.expand(b, h * w, -1), rows, weight)
         return y.reshape(b, h, w, -1).permute(0, 3, 1, 2)
+
+
+class Dropout(nn.Dropout):
+    """Dropout; on CPUs by `ops.philox_normal`, from one number of PyTorch's generator, which draws one value after the other."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training or x.device.type != "cpu" or not 0 < self.p < 1:
+            return super().forward(x)
+        b, c, h, w = x.shape
+        seed = torch.randint(2**62, (1,))
+        z = ops.philox_normal(seed, 0, (b, h, w, c), domain=ops.Domain.DROPOUT)
+        kept = z[0].permute(0, 3, 1, 2) > statistics.NormalDist().inv_cdf(self.p)
+        return x * kept.to(x.dtype).div_(1 - self.p)
 
 
 class Linear(nn.Linear):
@@ -198,7 +218,7 @@ class ResBlock(nn.Module):
         self.conv0 = Conv2d(inputs, outputs)
         self.condition = Linear(config.embedding_width, outputs * (2 if self.conditioning == "scale_shift" else 1))
         self.norm1 = GroupNormSiLU(outputs, groups(outputs), eps)
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout)
         self.conv1 = Conv2d(outputs, outputs, gain=0)
         project = inputs != outputs or (change and config.project_resampled)
         self.skip = Conv2d(inputs, outputs, kernel=1) if project else None

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn import functional
 
-from fastdiff import ops
+from fastdiff import nn, ops
 from fastdiff.nn import TRAINING, Conv2d
 
 pytestmark = pytest.mark.skipif(len(ops.conv3x3_algorithms(torch.float32)) == 1, reason="fastdiff._C is not built")
@@ -52,12 +52,44 @@ def test_layers_left_to_the_library(layer, called):
     assert not called
 
 
-def test_neither_without_gradients_nor_under_autocast(called):
+def test_not_without_gradients(called):
     layer, x = Conv2d(32, 32), torch.randn(2, 32, 8, 8)
     with torch.no_grad():
         layer(x)
+    assert not called
+
+
+@pytest.mark.parametrize("given", [torch.float32, torch.bfloat16])
+def test_under_autocast(called, given, monkeypatch):
+    """Types are those of the library under autocast, errors no larger."""
+    torch.manual_seed(0)
+    layer = Conv2d(64, 48)
+    x = torch.randn(9, 64, 9, 7).to(given).requires_grad_()
+    truth = functional.conv2d(x.double(), layer.weight.double(), layer.bias.double(), padding=1)
+    dy = torch.randn_like(truth).bfloat16()
+    inputs = (x, layer.weight, layer.bias)
+    exact = [truth, *torch.autograd.grad(truth, inputs, dy.double())]
+
+    def measured():
+        with torch.autocast("cpu", torch.bfloat16):
+            y = layer(x)
+        got = [y, *torch.autograd.grad(y, inputs, dy)]
+        errors = [((a.double() - b).norm() / b.norm()).item() for a, b in zip(got, exact, strict=True)]
+        return [t.dtype for t in got], errors
+
+    monkeypatch.setattr(nn, "MATRIX_UNIT", True)
+    types, errors = measured()
+    assert not called
+    monkeypatch.setattr(nn, "MATRIX_UNIT", False)
+    assert measured()[0] == types
+    assert called == [TRAINING]
+    assert all(mine <= 1.1 * library for mine, library in zip(measured()[1], errors, strict=True))
+
+
+def test_few_pixels_under_autocast(called):
+    """There packing would cost more than it gains."""
     with torch.autocast("cpu", torch.bfloat16):
-        layer(x)
+        Conv2d(64, 64)(torch.randn(7, 64, 8, 8))
     assert not called
 
 

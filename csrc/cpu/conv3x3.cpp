@@ -65,6 +65,11 @@ template <class T, class Scheme_, class Op_> struct Winning : Results<T, Scheme_
     }
   }
 
+  // The filters of output channels first_o ... , a multiple of kUnit, from word k on: [words, 9, kUnit].
+  const float* taps_of(int64_t first_o, int64_t k) const {
+    return static_cast<const float*>(a.packed) + 9 * (words * (first_o / kUnit * kUnit) + k * kUnit);
+  }
+
   // m [kPoints, tiles, block] = V of `tiles` tiles from number `tile` on, times a block of weights.
   void products(int64_t tile, int64_t tiles, int64_t first_o, int64_t block, float* m, int64_t m_plane) const {
     const float* panel = static_cast<const float*>(a.packed) + kPoints * words * first_o;
@@ -76,9 +81,43 @@ template <class T, class Scheme_, class Op_> struct Winning : Results<T, Scheme_
       }
   }
 
+  // Values at the points of `depth` filters from word k on, a block of output channels: u [kPoints, depth, block].
+  void evaluate(int64_t first_o, int64_t block, int64_t k, int64_t depth, float* u, int64_t u_plane) const {
+    for (int64_t o = 0; o < block; o += W) {
+      const float* taps = taps_of(first_o + o, k) + o % kUnit;
+      for (int64_t i = 0; i < depth; ++i, taps += 9 * kUnit) {
+        vf down[3][kIn];
+        each<3>([&](int j) __attribute__((always_inline)) {
+          const auto tap = [&](int row) __attribute__((always_inline)) { return load(taps + (3 * row + j) * kUnit); };
+          Scheme::filter(tap(0), tap(1), tap(2), down[j]);
+        });
+        each<kIn>([&](int p) __attribute__((always_inline)) {
+          vf at[kIn];
+          Scheme::filter(down[0][p], down[1][p], down[2][p], at);
+          each<kIn>([&](int q) __attribute__((always_inline)) { store(u + (p * kIn + q) * u_plane + i * block + o, at[q]); });
+        });
+      }
+    }
+  }
+
+  // The same from a block of filters, some words at a time: their values stay in L2.
+  void products_evaluated(int64_t tile, int64_t tiles, int64_t first_o, int64_t block, float* m, int64_t m_plane) const {
+    const int64_t units = block / kUnit, u_plane = kSome * block + kLine;  // odd in cache lines
+    float* u = m + kPoints * m_plane;
+    for (int64_t k = 0, depth; k < words; k += depth) {
+      depth = least(kSome, words - k);
+      evaluate(first_o, block, k, depth, u, u_plane);
+      for (int p = 0; p < kPoints; ++p) {  // each fetches its share of the filters that come next
+        const int64_t share = 9 * kUnit * depth * units / kPoints;
+        const float* ahead = taps_of(first_o + p % units * kUnit, k + depth) + p / units * share;
+        product(p, tile, tiles, u + p * u_plane, block, k, depth, m + p * m_plane, ahead, share);
+      }
+    }
+  }
+
   // The same of the first `tiles` tiles from a unit of filters, one group of tiles after the other.
   void products_of_filters(int64_t tiles, int64_t first_o, float* m, int64_t m_plane) const {
-    const float* taps = static_cast<const float*>(a.packed) + 9 * words * first_o;
+    const float* taps = taps_of(first_o, 0);
     const int64_t deep = parts(parts(words, parts(words, kDepth)), kLanes) * kLanes, groups = parts(tiles, Op::kGroup);
     for (int64_t k = 0, depth; k < words; k += depth, taps += 9 * kUnit * depth) {
       depth = least(deep, words - k);
@@ -97,8 +136,10 @@ template <class T, class Scheme_, class Op_> struct Winning : Results<T, Scheme_
   // Output channels first_o ... of the tile rows [begin, end) of the slab that starts at row `first`; of filters all rows.
   void out_of(int64_t first, int64_t begin, int64_t end, int64_t first_o) const {
     const int64_t block = least(Op::kBlock, wide_o - first_o), tiles = (end - begin) * cols, m_plane = tiles * block + 32;
-    float* m = reinterpret_cast<float*>(kept_memory(1, kPoints * m_plane * 4));
+    const int64_t values = Op::kEvaluates ? kPoints * (kSome * block + kLine) : 0;
+    float* m = reinterpret_cast<float*>(kept_memory(1, (kPoints * m_plane + values) * 4));
     if constexpr (Op::kFilters) products_of_filters(tiles, first_o, m, m_plane);
+    else if constexpr (Op::kEvaluates) products_evaluated(begin * cols, tiles, first_o, block, m, m_plane);
     else products(begin * cols, tiles, first_o, block, m, m_plane);
     for (int64_t row = begin; row < end; ++row)
       for (int64_t o = 0; o < block; o += W)
@@ -162,7 +203,10 @@ template <class T> void run_winograd(const Conv3x3& a, Winograd algorithm) {
     if (algorithm == Winograd::f2) return Winning<T, Two, Pairs>(a).run();
 #endif
     if (algorithm == Winograd::f4) Winning<T, Four, Floats>(a).run();
-    if (algorithm == Winograd::f4_lean) Winning<T, Four, Filters>(a).run();
+    if (algorithm != Winograd::f4_lean) return;
+    Winning<T, Four, Filters> few(a);
+    if (few.slab_tiles() < kMany) few.run();
+    else if constexpr (FASTDIFF_LEVEL < 2) Winning<T, Four, Evaluated>(a).run();
   }
 }
 

@@ -2,13 +2,14 @@
 // channels. Include inside a kernel file, after simd.h. A sum's order depends on its length alone.
 
 constexpr int64_t kDepth = 256;  // words summed in registers: a panel of so many rows stays in L2
+constexpr int64_t kSome = 64;    // words of which filters are evaluated together, see Evaluated
 constexpr int64_t kLine = 16;    // floats of a cache line
 constexpr int kLanes = 4;        // neighbouring channels in the V of multiply_filters
 
 // A word is a float, or two neighbouring bfloat16 of the summed dimension. A kernel's sums take kRows x kVectors registers.
 struct Floats {
   typedef float Stored;
-  static constexpr bool kFilters = false;
+  static constexpr bool kFilters = false, kEvaluates = false;
   static constexpr int64_t kBlock = 64;  // output channels of a block of packed weights; the last one is a multiple of kUnit
   static constexpr int step = 1, kGroup = 1;
 #if FASTDIFF_LEVEL >= 2
@@ -24,7 +25,7 @@ struct Floats {
 #if FASTDIFF_LEVEL >= 3
 struct Pairs {
   typedef bfloat16 Stored;
-  static constexpr bool kFilters = false;
+  static constexpr bool kFilters = false, kEvaluates = false;
   static constexpr int64_t kBlock = 64;
   static constexpr int step = 2, kGroup = 1, kRows = 6, kVectors = 4;
   static FD_INLINE vf multiply_add(vf a, vf b, vf sum) {
@@ -76,10 +77,17 @@ template <class Op> FD_INLINE Multiply multiply_of(int rows, int vectors) {
 
 // ---- weights kept as filters, for few tiles: their values at the points are computed where they are multiplied
 
+// The same weights for many tiles where registers are few: a block of filters is evaluated before it is multiplied. With 12
+// sums the kernel below waits for loads; this takes half its time from 16 tiles on, and as long at 4. The same bits.
+struct Evaluated : Floats {
+  static constexpr bool kEvaluates = true;
+};
+constexpr int64_t kMany = FASTDIFF_LEVEL >= 2 ? INT64_MAX : 6;  // tiles of a slab
+
 // A group of kGroup tiles has V [words / kLanes, kGroup, kIn, kLanes] for each row of points.
 struct Filters {
   typedef float Stored;
-  static constexpr bool kFilters = true;
+  static constexpr bool kFilters = true, kEvaluates = false;
   static constexpr int64_t kBlock = kUnit;
   static constexpr int step = 1;
 #if FASTDIFF_LEVEL >= 2

@@ -30,7 +30,7 @@ template <class T_, class Scheme_, class Op_> struct Tiles {
     const int64_t fit = most(1, kSlab / cols);
     images = rows >= fit ? 1 : least(fit / rows, a.norm.n);
     slab_rows = rows > fit ? parts(rows, parts(rows, fit)) : rows;
-    plane = parts(images * slab_rows * cols, Op::kGroup) * Op::kGroup * width + 128 / static_cast<int64_t>(sizeof(Stored));
+    plane = parts(slab_tiles(), Op::kGroup) * Op::kGroup * width + 128 / static_cast<int64_t>(sizeof(Stored));
   }
 
   // Where V has point (p, 0) of a tile, from channel c on; its next point is next_point() further. Matrices [tiles, width]
@@ -44,6 +44,7 @@ template <class T_, class Scheme_, class Op_> struct Tiles {
   }
   int64_t next_point() const { return Op::kFilters ? kLanes : plane; }
 
+  int64_t slab_tiles() const { return images * slab_rows * cols; }
   static constexpr int64_t table_floats(int64_t c) { return ChannelTable<float>::bytes(c) / sizeof(float); }
   int64_t padded_cols() const { return cols * kOut + 2; }
   int64_t image_floats(int64_t tile_rows) const { return (tile_rows * kOut + 2) * padded_cols() * kChannels; }

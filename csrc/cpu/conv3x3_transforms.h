@@ -22,23 +22,23 @@ struct Four {
     y[2] = fma(splat<vf>(bb * of_b), even_b, splat<vf>(aa * of_a) * even_a);
     y[3] = fma(splat<vf>(bb * b * of_b), odd_b, fma(splat<vf>(aa * a * of_a), odd_a, m[5]));
   }
-  // Values of g0 + g1 p + g2 p^2, of which g0, a g1 and a^2 g2 are given: in a's unit the points are 0, +-1, +-2. Additions
-  // have units of their own beside those that multiply.
+  // Values of g0 + g1 p + g2 p^2, of which g0, a g1 and a^2 g2 are given: in a's unit the points are 0, +-1, +-2. All by
+  // additions: they have execution units of their own beside those that multiply, which the products occupy.
   static FD_INLINE void filter(vf g0, vf g1, vf g2, vf* u) {
-    const vf at_a = g0 + g2, at_b = fma(splat<vf>(4.0f), g2, g0), twice = g1 + g1;
-    u[0] = g0, u[5] = g2 + g2;
+    const vf two = g2 + g2, at_a = g0 + g2, at_b = (two + two) + g0, twice = g1 + g1;
+    u[0] = g0, u[5] = two;
     u[1] = at_a + g1, u[2] = at_a - g1, u[3] = at_b + twice, u[4] = at_b - twice;
   }
   // One of them.
   static FD_INLINE vf filter_at(int point, vf g0, vf g1, vf g2) {
-    const vf at_a = g0 + g2, at_b = fma(splat<vf>(4.0f), g2, g0), twice = g1 + g1;
+    const vf two = g2 + g2, at_a = g0 + g2, at_b = (two + two) + g0, twice = g1 + g1;
     switch (point) {
       case 0: return g0;
       case 1: return at_a + g1;
       case 2: return at_a - g1;
       case 3: return at_b + twice;
       case 4: return at_b - twice;
-      default: return g2 + g2;
+      default: return two;
     }
   }
 };

@@ -159,9 +159,12 @@ def _convolution_backward(dy, h, weight, needs, algorithm):
         wanted[0] = False
     if any(wanted):
         arguments = (None, [1, 1], [1, 1], [1, 1], False, [0, 0], 1, [*wanted, False])
-        direct, dw, _ = torch.ops.aten.convolution_backward(dy, h, weight.to(h.dtype), *arguments)
+        like = weight.to(h.dtype) if wanted[0] else torch.empty_like(weight, dtype=h.dtype)  # else not read
+        direct, dw, _ = torch.ops.aten.convolution_backward(dy, h, like, *arguments)
         dh = direct if dh is None else dh
-    return dh, None if dw is None else dw.to(weight.dtype)
+    rows = weight.is_contiguous(memory_format=torch.channels_last)  # a library's is laid out otherwise: one copy, not two
+    layout = torch.channels_last if rows else torch.preserve_format
+    return dh, None if dw is None else dw.to(weight.dtype, memory_format=layout)
 
 
 def _backward(tensors, rest, needs, dy, _dstats, _dof_x):

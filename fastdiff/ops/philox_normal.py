@@ -22,6 +22,7 @@ class Domain(enum.IntEnum):
     STEP = 1  # sampler steps
     TRAINING = 2  # add_noise
     AUGMENT = 3  # times, flips, dropout of labels
+    DROPOUT = 4  # a network's units, while it learns on a CPU
 
 
 MASK = 0xFFFFFFFF
