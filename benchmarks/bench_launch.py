@@ -75,6 +75,13 @@ def conv3x3_pack(device):
     return lambda: ops.conv3x3_pack(w, "winograd4_lean"), lambda: w.permute(1, 2, 3, 0).contiguous(), "contiguous"
 
 
+def conv3x3_weight_gradient(device):
+    x, w = torch.zeros(1, 8, 4, 4, device=device), torch.zeros(8, 8, 3, 3, device=device)
+    rest = (None, [1, 1], [1, 1], [1, 1], False, [0, 0], 1, [False, True, False])
+    theirs = lambda: torch.ops.aten.convolution_backward(x, x, w, *rest)  # noqa: E731
+    return lambda: ops.conv3x3_weight_gradient(x, x), theirs, "convolution_backward"
+
+
 def resample(device):
     x, taps = torch.zeros(1, 4, 4, 4, device=device), torch.ones(2, device=device)
     return lambda: ops.resample(x, taps, down=2), lambda: functional.avg_pool2d(x, 2), "avg_pool2d"
@@ -89,7 +96,7 @@ CASES = {
     fn.__name__: fn
     for fn in (
         philox_normal, add_noise, schedule_coefficients, denoise_step, langevin_step, group_norm_silu, group_norm_attention,
-        conv3x3, conv3x3_pack, resample, embedding,
+        conv3x3, conv3x3_pack, conv3x3_weight_gradient, resample, embedding,
     )
 }  # fmt: skip
 

@@ -70,8 +70,8 @@ class Conv2d(nn.Conv2d):
     def _learns_by_winograd(self, x: Tensor) -> bool:
         """Whether weights that change at every step are transformed at every step: by their shape, never by a clock.
 
-        So a resumed run computes what the run it continues would have. Under autocast too, in float32 inside, where there are
-        pixels enough: F(4x4, 3x3) multiplies a quarter as often, which is worth more than products that are twice as fast.
+        So a resumed run computes what the run it continues would have. Under autocast too, in float32 inside, where there
+        are pixels enough: F(4x4, 3x3) multiplies a quarter as often, worth more than products that are twice as fast.
         """
         if not (SERVED and torch.is_grad_enabled() and self.weight.requires_grad) or x.device.type != "cpu":
             return False
@@ -93,7 +93,7 @@ class Conv2d(nn.Conv2d):
 
 
 class Dropout(nn.Dropout):
-    """Dropout; on CPUs by `ops.philox_normal`, from one number of PyTorch's generator, which draws one value after the other."""
+    """Dropout; on CPUs by `ops.philox_normal` from one number of PyTorch's generator, which draws one value after another."""
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.training or x.device.type != "cpu" or not 0 < self.p < 1:

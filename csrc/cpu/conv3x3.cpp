@@ -46,7 +46,7 @@ template <class T, class Scheme_, class Op_> struct Winning : Results<T, Scheme_
   typedef Results<T, Scheme_, Op_> Base;
   using typename Base::Op, typename Base::Scheme, typename Base::Stored;
   using Base::Base, Base::kIn, Base::kOut, Base::kPoints, Base::a, Base::rows, Base::cols, Base::width, Base::words;
-  using Base::wide_o, Base::slab_rows, Base::images, Base::plane, Base::v, Base::tables, Base::moments;
+  using Base::wide_o, Base::plane, Base::v, Base::tables, Base::moments;
 
   // One point's m [tiles, block] += V [tiles, depth] u [depth, block] from word k on; fetches `size` floats from `ahead` on.
   void product(int p, int64_t tile, int64_t tiles, const float* u, int64_t block, int64_t k, int64_t depth, float* m,
@@ -170,24 +170,21 @@ template <class T, class Scheme_, class Op_> struct Winning : Results<T, Scheme_
   }
 
   void run() {
-    const int64_t n = a.norm.n, total = n * rows, per_image = parts(rows, slab_rows);
-    const int64_t slabs = images > 1 ? parts(n, images) : n * per_image;
+    const int64_t n = a.norm.n;
     const int64_t v_bytes = aligned(kPoints * plane * sizeof(Stored));
     const int64_t table_bytes = n * ChannelTable<float>::bytes(a.norm.c);
-    const int64_t moment_bytes = a.stats_groups ? total * 2 * wide_o * 4 : 0;
+    const int64_t moment_bytes = a.stats_groups ? n * rows * 2 * wide_o * 4 : 0;
     char* memory = kept_memory(0, v_bytes + table_bytes + moment_bytes);
     v = reinterpret_cast<Stored*>(memory);
     tables = reinterpret_cast<float*>(memory + v_bytes);
     moments = reinterpret_cast<float*>(memory + v_bytes + table_bytes);
     if (a.norm.weight) this->normalise(memory + v_bytes);
-    for (int64_t slab = 0; slab < slabs; ++slab) {
-      const int64_t first = images > 1 ? slab * images * rows : slab / per_image * rows + slab % per_image * slab_rows;
-      const int64_t last = images > 1 ? least(total, first + images * rows)
-                                      : least((slab / per_image + 1) * rows, first + slab_rows);
+    for (int64_t i = 0; i < this->slabs(); ++i) {
+      const auto [first, last] = this->slab(i);
       spread(last - first, parts(a.norm.c, kChannels), false,
-             [&](int64_t begin, int64_t end, int64_t i) { this->into(first, begin, end, i * kChannels); });
+             [&](int64_t begin, int64_t end, int64_t c) { this->into(first, begin, end, c * kChannels); });
       spread(last - first, parts(a.o, Op::kBlock), Op::kFilters,
-             [&](int64_t begin, int64_t end, int64_t i) { out_of(first, begin, end, i * Op::kBlock); });
+             [&](int64_t begin, int64_t end, int64_t o) { out_of(first, begin, end, o * Op::kBlock); });
     }
     if (a.stats_groups)
       parallel_for(n, grain_of(rows * a.o), [&](int64_t begin, int64_t end) {

@@ -6,9 +6,13 @@ constexpr int64_t kSome = 64;    // words of which filters are evaluated togethe
 constexpr int64_t kLine = 16;    // floats of a cache line
 constexpr int kLanes = 4;        // neighbouring channels in the V of multiply_filters
 
+// Of V: matrices [tiles, channels]; what multiply_filters reads; [channels / W, tiles, kIn, W] for each row of points.
+enum class Order { matrices, groups, columns };
+
 // A word is a float, or two neighbouring bfloat16 of the summed dimension. A kernel's sums take kRows x kVectors registers.
 struct Floats {
   typedef float Stored;
+  static constexpr Order kOrder = Order::matrices;
   static constexpr bool kFilters = false, kEvaluates = false;
   static constexpr int64_t kBlock = 64;  // output channels of a block of packed weights; the last one is a multiple of kUnit
   static constexpr int step = 1, kGroup = 1;
@@ -25,6 +29,7 @@ struct Floats {
 #if FASTDIFF_LEVEL >= 3
 struct Pairs {
   typedef bfloat16 Stored;
+  static constexpr Order kOrder = Order::matrices;
   static constexpr bool kFilters = false, kEvaluates = false;
   static constexpr int64_t kBlock = 64;
   static constexpr int step = 2, kGroup = 1, kRows = 6, kVectors = 4;
@@ -87,6 +92,7 @@ constexpr int64_t kMany = FASTDIFF_LEVEL >= 2 ? INT64_MAX : 6;  // tiles of a sl
 // A group of kGroup tiles has V [words / kLanes, kGroup, kIn, kLanes] for each row of points.
 struct Filters {
   typedef float Stored;
+  static constexpr Order kOrder = Order::groups;
   static constexpr bool kFilters = true, kEvaluates = false;
   static constexpr int64_t kBlock = kUnit;
   static constexpr int step = 1;

@@ -34,17 +34,31 @@ template <class T_, class Scheme_, class Op_> struct Tiles {
   }
 
   // Where V has point (p, 0) of a tile, from channel c on; its next point is next_point() further. Matrices [tiles, width]
-  // one after the other, or as multiply_filters takes them.
+  // one after the other, or as multiply_filters or a weight's gradient take them.
   Stored* place(int p, int64_t tile, int64_t c) const {
     Stored* row = v + p * kIn * plane;
-    if constexpr (Op::kFilters)
+    if constexpr (Op::kOrder == Order::groups)
       return row + (tile / Op::kGroup * width + c) * Op::kGroup * kIn + tile % Op::kGroup * kIn * kLanes;
+    else if constexpr (Op::kOrder == Order::columns)
+      return row + (c / W * slab_tiles() + tile) * kIn * W;
     else
       return row + tile * width + c;
   }
-  int64_t next_point() const { return Op::kFilters ? kLanes : plane; }
+  int64_t next_point() const {
+    return Op::kOrder == Order::groups ? kLanes : Op::kOrder == Order::columns ? W : plane;
+  }
 
+  // A slab's rows of tiles, counted through the batch.
+  struct Rows {
+    int64_t first, last;
+  };
   int64_t slab_tiles() const { return images * slab_rows * cols; }
+  int64_t slabs() const { return images > 1 ? parts(a.norm.n, images) : a.norm.n * parts(rows, slab_rows); }
+  Rows slab(int64_t i) const {
+    if (images > 1) return {i * images * rows, least(a.norm.n * rows, (i + 1) * images * rows)};
+    const int64_t per_image = parts(rows, slab_rows), first = i / per_image * rows + i % per_image * slab_rows;
+    return {first, least((i / per_image + 1) * rows, first + slab_rows)};
+  }
   static constexpr int64_t table_floats(int64_t c) { return ChannelTable<float>::bytes(c) / sizeof(float); }
   int64_t padded_cols() const { return cols * kOut + 2; }
   int64_t image_floats(int64_t tile_rows) const { return (tile_rows * kOut + 2) * padded_cols() * kChannels; }

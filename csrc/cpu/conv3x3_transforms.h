@@ -22,6 +22,20 @@ struct Four {
     y[2] = fma(splat<vf>(bb * of_b), even_b, splat<vf>(aa * of_a) * even_a);
     y[3] = fma(splat<vf>(bb * b * of_b), odd_b, fma(splat<vf>(aa * a * of_a), odd_a, m[5]));
   }
+  // The transposes of `output` and, at the points as they are, of `filter`: for a weight's gradient.
+  static FD_INLINE void output_back(const vf* y, vf* m) {
+    const vf even_a = splat<vf>(of_a) * fma(splat<vf>(aa), y[2], y[0]), even_b = splat<vf>(of_b) * fma(splat<vf>(bb), y[2], y[0]);
+    const vf odd_a = splat<vf>(a * of_a) * fma(splat<vf>(aa), y[3], y[1]);
+    const vf odd_b = splat<vf>(b * of_b) * fma(splat<vf>(bb), y[3], y[1]);
+    m[0] = y[0], m[5] = y[3];
+    m[1] = even_a + odd_a, m[2] = even_a - odd_a, m[3] = even_b + odd_b, m[4] = even_b - odd_b;
+  }
+  static FD_INLINE void filter_back(const vf* u, vf* g) {
+    const vf even_a = u[1] + u[2], odd_a = u[1] - u[2], even_b = u[3] + u[4], odd_b = u[3] - u[4];
+    g[0] = u[0] + even_a + even_b;
+    g[1] = fma(splat<vf>(b), odd_b, splat<vf>(a) * odd_a);
+    g[2] = fma(splat<vf>(bb), even_b, fma(splat<vf>(aa), even_a, u[5]));
+  }
   // Values of g0 + g1 p + g2 p^2, of which g0, a g1 and a^2 g2 are given: in a's unit the points are 0, +-1, +-2. All by
   // additions: they have execution units of their own beside those that multiply, which the products occupy.
   static FD_INLINE void filter(vf g0, vf g1, vf g2, vf* u) {

@@ -9,6 +9,7 @@ from fastdiff.ops._register import overload
 from fastdiff.ops._serving import Served, implementations, native
 from fastdiff.ops.add_noise import add_noise
 from fastdiff.ops.conv3x3 import Norm, conv3x3, conv3x3_algorithms, conv3x3_pack
+from fastdiff.ops.conv3x3_weight_gradient import conv3x3_weight_gradient
 from fastdiff.ops.denoise_step import denoise_step
 from fastdiff.ops.embedding import embedding, frequencies
 from fastdiff.ops.group_norm_attention import group_norm_attention
@@ -39,6 +40,7 @@ __all__ = [
     "conv3x3",
     "conv3x3_algorithms",
     "conv3x3_pack",
+    "conv3x3_weight_gradient",
     "denoise_step",
     "embedding",
     "frequencies",

@@ -16,6 +16,7 @@ from torch.nn import functional
 from fastdiff.ops import _register
 from fastdiff.ops._layout import image
 from fastdiff.ops._winograd import ALGORITHMS, OPERAND, check_algorithm, packed_shape
+from fastdiff.ops.conv3x3_weight_gradient import conv3x3_weight_gradient
 from fastdiff.ops.group_norm_silu import _check as check_norm
 from fastdiff.ops.group_norm_silu import _jvp as norm_jvp
 from fastdiff.ops.group_norm_silu import _save as norm_save
@@ -148,23 +149,25 @@ class _Saved:
 
 
 def _convolution_backward(dy, h, weight, needs, algorithm):
-    """Gradients of h and weight. That of h is a convolution too, by the same algorithm where its weights are soon packed."""
+    """Gradients of h and weight; by Winograd's algorithm, too, where its weights are soon packed."""
     if h.numel() == 0:
         return torch.zeros_like(h), torch.zeros_like(weight)
     dh, dw, wanted = None, None, list(needs)
-    if needs[0] and algorithm == "winograd4_lean":
+    soon, again = algorithm == "winograd4_lean", torch.is_grad_enabled()  # a second derivative follows
+    if needs[0] and soon:
         packed, back = conv3x3_pack(weight, algorithm, transposed=True), weight.transpose(0, 1)
-        back = back.flip(2, 3) if torch.is_grad_enabled() else back  # a second derivative reads it, a first one its shape
+        back = back.flip(2, 3) if again else back  # else its shape is read
         dh = conv3x3(dy, back, packed=packed, algorithm=algorithm)[0]
         wanted[0] = False
+    if wanted[1] and soon and not again:
+        dw = conv3x3_weight_gradient(dy, h).to(weight.dtype)
+        wanted[1] = False
     if any(wanted):
         arguments = (None, [1, 1], [1, 1], [1, 1], False, [0, 0], 1, [*wanted, False])
-        like = weight.to(h.dtype) if wanted[0] else torch.empty_like(weight, dtype=h.dtype)  # else not read
-        direct, dw, _ = torch.ops.aten.convolution_backward(dy, h, like, *arguments)
+        direct, of_weight, _ = torch.ops.aten.convolution_backward(dy, h, weight.to(h.dtype), *arguments)
         dh = direct if dh is None else dh
-    rows = weight.is_contiguous(memory_format=torch.channels_last)  # a library's is laid out otherwise: one copy, not two
-    layout = torch.channels_last if rows else torch.preserve_format
-    return dh, None if dw is None else dw.to(weight.dtype, memory_format=layout)
+        dw = of_weight.to(weight.dtype) if wanted[1] else dw
+    return dh, dw
 
 
 def _backward(tensors, rest, needs, dy, _dstats, _dof_x):
