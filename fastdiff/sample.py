@@ -200,7 +200,8 @@ def run(
             _check_state(plan, i, x)
             callback(i, x)
 
-    with torch.inference_mode(), evaluating(placed), evaluating(weaker), _autocast(target, dtype), exact(quality):
+    modules = [network for network, used in ((placed, by), (weaker, weaker_by)) if used and used.name != "fast"]
+    with torch.inference_mode(), evaluating(*modules), _autocast(target, dtype), exact(quality):
         for first in _bar(range(0, len(seed_list), size), progress, plan, len(seed_list)):
             part = slice(first, first + size)
             batch_labels = None if label_list is None else torch.tensor(label_list[part], device=target)
