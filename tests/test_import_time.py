@@ -32,13 +32,13 @@ def test_a_first_call_loads_no_compiler():
     """torch.compile's machinery takes two seconds to import, and is not needed to weigh a program's cost or to make one."""
     program = """
 import sys, fastdiff
-from fastdiff.compile import automatic
+from fastdiff.compile import program
 model = fastdiff.wrap(
     fastdiff.UNet(fastdiff.UNetConfig(resolution=8, channels=8, multipliers=(1,), blocks=1, groups=4, attention=())),
     schedule=fastdiff.schedules.DDPM(),
 )
 for light in (0, 1e9):
-    automatic.LIGHT = light
+    program.LIGHT = light
     print(fastdiff.run(model, 2, seeds=[0]).engine.partition(":")[0])
 print("torch._dynamo" in sys.modules)
 """

@@ -15,7 +15,7 @@ from fastdiff.compile.choose import choose, layers
 from fastdiff.compile.fits import REFERENCE, Fingerprint, obstacle, say_once
 from fastdiff.compile.graph import CudaGraphs, Graphs
 from fastdiff.compile.measured import choices
-from fastdiff.compile.program import Program
+from fastdiff.compile.program import Program, is_light
 from fastdiff.model import Model
 from fastdiff.plan import execute
 from fastdiff.unet import UNet
@@ -29,9 +29,8 @@ WORTH = 0.5  # seconds; for less, other rounding than in the calls before is not
 SECONDS = 0.5  # to measure, where no layer size is known, and
 TRIALS = 0.6  # of the time of BATCH images
 SECONDS_PER_WEIGHT = 2.5e-8  # to pack
-# A light network's program is made at its first call, by an algorithm that is not measured: that takes some 10 ms.
-LIGHT = 2e6  # weights
-UNMEASURED = "winograd4_lean"  # packed in moments, and within 10 % of the best of each layer
+# A light network's program is made at its first call, by algorithms that are not measured: that takes some 20 ms.
+WIDE = 64  # output channels, below which "winograd4_lean" has too few tasks for several threads
 
 
 @dataclasses.dataclass
@@ -117,7 +116,8 @@ def engine(model: Model, network: Any, dtype: torch.dtype, compile: str, evaluat
     key, store = ("fast", str(where), dtype), kept(model)
     program = store.find(key, network)
     if program is None:
-        at_once = compile == "auto" and _light(network, where, dtype)
+        # costs so little that the first image is to have it, and with it the bits of all later ones
+        at_once = compile == "auto" and dtype == torch.float32 and is_light(network)
         if compile == "auto" and not at_once:
             reason = _too_little(model, network, where, dtype, evaluations)
             if reason:
@@ -128,16 +128,15 @@ def engine(model: Model, network: Any, dtype: torch.dtype, compile: str, evaluat
     return _captured(model, network, where, program)
 
 
-def _light(network: UNet, where: torch.device, dtype: torch.dtype) -> bool:
-    """Whether its program costs so little that the first image is to have it, and with it the bits of all later ones."""
-    return where.type == "cpu" and dtype == torch.float32 and sum(p.numel() for p in network.parameters()) <= LIGHT
-
-
 def _unmeasured(network: UNet, dtype: torch.dtype, batch: int, size: tuple[int, ...] | None) -> Program:
-    """`program_of`, of every layer the same algorithm on every day and in every process."""
+    """`program_of` by algorithms that follow from the layers' shapes: the same on every day and in every process.
+
+    Within 10 % of what measuring finds. "winograd4_lean" is packed in moments, the other takes that for narrow layers too.
+    """
     height, width = size or (network.config.resolution, network.config.resolution)
     program = Program(network, dtype, (height, width))
-    choose(program, batch, {step.name: UNMEASURED for step in program.convolutions})
+    wide = {step.name: step.weight.shape[0] >= WIDE for step in program.convolutions}
+    choose(program, batch, {name: "winograd4_lean" if wide[name] else "winograd4" for name in wide})
     return program
 
 

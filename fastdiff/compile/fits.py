@@ -30,7 +30,7 @@ def obstacle(network) -> str | None:
     if any(type(m) not in KNOWN or m._forward_hooks or m._forward_pre_hooks for m in modules):
         return _unknown(network)
     tensors = tensors_of(modules)
-    other = next((t.dtype for t in tensors if t.dtype != torch.float32 and t.is_floating_point()), None)
+    other = next((kind for kind in {t.dtype for t in tensors} if kind != torch.float32 and kind.is_floating_point), None)
     if other is not None:
         return f"its weights are {other}; network.float() makes them float32"
     devices = {t.device for t in tensors}
@@ -69,9 +69,10 @@ class Fingerprint:
     """
 
     def __init__(self, network: nn.Module):
-        tensors = _filled(network)
+        tensors = tensors_of(modules_of(network))
         self.where = _where(tensors)
-        self.looks = [flat[:: max(1, (flat.numel() - 1) // LOOK)] for flat in (_in_memory(t.detach()) for t in tensors)]
+        flat = [_in_memory(t.detach()) for t in tensors if t.numel()]
+        self.looks = [t[:: max(1, (t.numel() - 1) // LOOK)] for t in flat]
         self.values = self._values()
 
     def _values(self) -> Tensor:
@@ -79,11 +80,7 @@ class Fingerprint:
 
     def holds(self, network: nn.Module) -> bool:
         """Whether the network's weights are still those."""
-        return self.where == _where(_filled(network)) and bool(torch.equal(self.values, self._values()))
-
-
-def _filled(network: nn.Module) -> list[Tensor]:
-    return [t for t in tensors_of(modules_of(network)) if t.numel()]
+        return self.where == _where(tensors_of(modules_of(network))) and bool(torch.equal(self.values, self._values()))
 
 
 def _where(tensors: list[Tensor]) -> list[tuple[int, int]]:

@@ -53,11 +53,13 @@ class Lowering:
         self.conditions: list[tuple[nn.Linear, Tensor | None]] = []  # linear layers, and the bias that joins each
         self.operations = 0  # multiplications and additions per image in convolutions and projections
         self.values = 1
+        self.largest = 0  # numbers of an image in the largest value
         self.input = Value(0, self.config.in_channels, size)
         self.output = self._network()
 
     def _new(self, channels: int, size: tuple[int, int]) -> Value:
         self.values += 1
+        self.largest = max(self.largest, channels * size[0] * size[1])
         return Value(self.values - 1, channels, size)
 
     def _emit(self, make: Callable[[int], Step], channels: int, size: tuple[int, int]) -> Value:

@@ -31,10 +31,8 @@ class Product:
             pixels = windows.permute(0, 1, 2, 4, 5, 3)  # [N, H', W', kernel, kernel, I]
         n, h, w = pixels.shape[:3]
         terms, outputs = self.matrix.shape
-        y = x.new_empty((n, h * w, outputs))
-        for rows, out in zip(pixels.reshape(n, h * w, terms).unbind(), y.unbind(), strict=True):
-            torch.addmm(self.bias, rows, self.matrix, out=out)
-        return y.view(n, h, w, outputs).permute(0, 3, 1, 2)
+        given = self.bias.expand(n, h * w, -1), pixels.reshape(n, h * w, terms), self.matrix.expand(n, -1, -1)
+        return torch.baddbmm(*given).view(n, h, w, outputs).permute(0, 3, 1, 2)
 
 
 def convolution(
