@@ -13,7 +13,7 @@ from fastdiff.unet import UNet
 
 LIBRARY = "library"  # an algorithm beside those of ops.conv3x3, see library.py
 LIGHT = 2e6  # weights, up to which it is values that leave the processor's caches, and
-TOGETHER = 3e6  # bytes of one value of as many images as are computed together
+TOGETHER = 3e6  # bytes of one value of as many images as are computed together, for each thread
 
 
 class Program:
@@ -34,7 +34,7 @@ class Program:
         self.others: set[tuple[int, int]] = set()  # sizes that it was not made for, and met
         self.where = ""  # its weights are, if not in memory
         self.factor = 2 ** (len(network.config.multipliers) - 1)
-        self.together: int | None = None  # images; None for any number
+        self.together: int | None = None  # images for each thread; None for any number
         if is_light(network):
             self.together = max(1, int(TOGETHER / (4 * lowered.largest)))
 
@@ -82,9 +82,10 @@ class Program:
             self._say(x.shape[-2], x.shape[-1])
         with torch.autocast(x.device.type, enabled=False):
             c = self.conditions(c_noise, labels, augment_labels)
-            if self.together is None or len(x) <= self.together:
+            together = len(x) if self.together is None else self.together * torch.get_num_threads()
+            if len(x) <= together:
                 return self._run(x, c)
-            parts = zip(x.split(self.together), *(rows.split(self.together) for rows in c), strict=True)
+            parts = zip(x.split(together), *(rows.split(together) for rows in c), strict=True)
             return torch.cat([self._run(part, rows) for part, *rows in parts])
 
     def _run(self, x: Tensor, c: Sequence[Tensor]) -> Tensor:
