@@ -7,15 +7,18 @@ from torch import Tensor, nn
 
 def modules_of(network: nn.Module) -> list[nn.Module]:
     """Every module once, the network first."""
-    found, waiting = dict[nn.Module, None](), [network]
+    found: dict[nn.Module, None] = {}
+    waiting: list[nn.Module | None] = [network]
     while waiting:
         module = waiting.pop()
-        if module not in found:
+        if module is not None and module not in found:
             found[module] = None
-            waiting.extend(child for child in module._modules.values() if child is not None)
+            if module._modules:
+                waiting.extend(module._modules.values())
     return list(found)
 
 
 def tensors_of(modules: Iterable[nn.Module]) -> list[Tensor]:
     """Their parameters and buffers, a shared one as often as it is there."""
-    return [t for m in modules for t in (*m._parameters.values(), *m._buffers.values()) if t is not None]
+    held = [tensors for m in modules for tensors in (m._parameters, m._buffers) if tensors]
+    return [t for tensors in held for t in tensors.values() if t is not None]
