@@ -19,8 +19,8 @@ void conv3x3(const Conv3x3& a, Winograd algorithm) {
 }
 
 char* kept_memory(int which, int64_t bytes) {
-  thread_local std::unique_ptr<Scratch> kept[2];
-  thread_local int64_t size[2] = {};
+  thread_local std::unique_ptr<Scratch> kept[3];
+  thread_local int64_t size[3] = {};
   if (size[which] < bytes) {
     kept[which].reset();
     size[which] = 0;
@@ -41,6 +41,8 @@ char* kept_memory(int which, int64_t bytes) {
 #include "cpu/conv3x3_tiles.h"
 
 #include "cpu/conv3x3_results.h"
+
+constexpr int64_t kWeights = 1 << 20;  // bytes that stay in a core's L2
 
 template <class T, class Scheme_, class Op_> struct Winning : Results<T, Scheme_, Op_> {
   typedef Results<T, Scheme_, Op_> Base;
@@ -128,6 +130,14 @@ template <class T, class Scheme_, class Op_> struct Winning : Results<T, Scheme_
     });
   }
 
+  // Whether each thread takes slabs of its own, which saves it the others' V and two barriers for each slab: where there are
+  // enough of them, and weights that every thread reads whole stay in its cache.
+  bool apart(int64_t slabs) const {
+    const int64_t bytes = (Op::kFilters ? 9 : kPoints) * words * wide_o * 4;
+    const int64_t workers = threads(), idle = parts(slabs, workers) * workers - slabs;
+    return workers > 1 && bytes <= kWeights && 4 * idle <= slabs;
+  }
+
   void run() {
     const int64_t n = a.norm.n, total = n * rows, per_image = parts(rows, slab_rows);
     const int64_t slabs = images > 1 ? parts(n, images) : n * per_image;
@@ -139,14 +149,23 @@ template <class T, class Scheme_, class Op_> struct Winning : Results<T, Scheme_
     tables = reinterpret_cast<float*>(memory + v_bytes);
     moments = reinterpret_cast<float*>(memory + v_bytes + table_bytes);
     if (a.norm.weight) this->normalise(memory + v_bytes);
-    for (int64_t slab = 0; slab < slabs; ++slab) {
+    const auto carry_out = [&](const Winning& w, int64_t slab) {
       const int64_t first = images > 1 ? slab * images * rows : slab / per_image * rows + slab % per_image * slab_rows;
       const int64_t last = images > 1 ? least(total, first + images * rows)
                                       : least((slab / per_image + 1) * rows, first + slab_rows);
-      spread(last - first, parts(a.norm.c, kChannels), false,
-             [&](int64_t begin, int64_t end, int64_t i) { this->into(first, begin, end, i * kChannels); });
-      spread(last - first, parts(a.o, Op::kBlock), Op::kFilters,
-             [&](int64_t begin, int64_t end, int64_t i) { out_of(first, begin, end, i * Op::kBlock); });
+      w.spread(last - first, parts(a.norm.c, kChannels), false,
+               [&](int64_t begin, int64_t end, int64_t i) { w.into(first, begin, end, i * kChannels); });
+      w.spread(last - first, parts(a.o, Op::kBlock), Op::kFilters,
+               [&](int64_t begin, int64_t end, int64_t i) { w.out_of(first, begin, end, i * Op::kBlock); });
+    };
+    if (apart(slabs)) {
+      parallel_for(slabs, 1, [&](int64_t begin, int64_t end) {
+        Winning own(*this);
+        own.v = reinterpret_cast<Stored*>(kept_memory(2, v_bytes));
+        for (int64_t slab = begin; slab < end; ++slab) carry_out(own, slab);
+      });
+    } else {
+      for (int64_t slab = 0; slab < slabs; ++slab) carry_out(*this, slab);
     }
     if (a.stats_groups)
       parallel_for(n, grain_of(rows * a.o), [&](int64_t begin, int64_t end) {
