@@ -29,7 +29,7 @@ WORTH = 0.5  # seconds; for less, other rounding than in the calls before is not
 SECONDS = 0.5  # to measure, where no layer size is known, and
 TRIALS = 0.6  # of the time of BATCH images
 SECONDS_PER_WEIGHT = 2.5e-8  # to pack
-# A light network's program is made at its first call, by algorithms that are not measured: that takes some 20 ms.
+# A light network's program is made at the first call, by algorithms that are not measured: that takes some 20 ms.
 WIDE = 64  # output channels, below which "winograd4_lean" has too few tasks for several threads
 
 
@@ -116,14 +116,14 @@ def engine(model: Model, network: Any, dtype: torch.dtype, compile: str, evaluat
     key, store = ("fast", str(where), dtype), kept(model)
     program = store.find(key, network)
     if program is None:
-        # costs so little that the first image is to have it, and with it the bits of all later ones
-        at_once = compile == "auto" and dtype == torch.float32 and is_light(network)
-        if compile == "auto" and not at_once:
+        # of a light network it costs so little that the first image is to have it, and with it the bits of all later ones
+        light = dtype == torch.float32 and is_light(network)
+        if compile == "auto" and not light:
             reason = _too_little(model, network, where, dtype, evaluations)
             if reason:
                 return Engine(network, "network", reason)
         size = model.shape[1:] if model.shape else None
-        make = _unmeasured if at_once else program_of
+        make = _unmeasured if light else program_of
         program = store.get(key, network, lambda: make(network, dtype, BATCH, size))
     return _captured(model, network, where, program)
 
