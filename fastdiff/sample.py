@@ -107,7 +107,8 @@ def sample(
             that of a plain bfloat16 network. "fast": what is opted into beyond; nothing today, so it is "high".
         compile: how a `fastdiff.UNet` is computed. "auto": by a program of `fastdiff.compile` where this call's images pay
             for making it, the network is small or it is there already, kept with the model; "fast": by such a program in any
-            case; "off": the network as it is, which starts at once; "inductor": by torch.compile(fullgraph=True). They agree to rounding.
+            case; "off": the network as it is, which starts at once; "inductor": by torch.compile(fullgraph=True). They
+            agree to rounding.
         progress: show a bar; by default on a terminal when it takes more than a moment.
         clip_output: clamp the result to [-1, 1].
         callback: callback(row, x) after each row of the plan; x is the sampler's own state, not a copy.
