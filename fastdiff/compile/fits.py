@@ -73,10 +73,11 @@ class Fingerprint:
         self.where = _where(tensors)
         flat = [_in_memory(t.detach()) for t in tensors if t.numel()]
         self.looks = [t[:: max(1, (t.numel() - 1) // LOOK)] for t in flat]
+        self.alike = len({t.dtype for t in flat}) == 1
         self.values = self._values()
 
     def _values(self) -> Tensor:
-        return torch.cat(self.looks)
+        return torch.cat(self.looks if self.alike else [t.float() for t in self.looks])
 
     def holds(self, network: nn.Module) -> bool:
         """Whether the network's weights are still those."""
