@@ -37,7 +37,7 @@ def diffusers_loop(network, shape, labels):
     return loop
 
 
-@pytest.mark.parametrize("batch", [1, 64])
+@pytest.mark.parametrize("batch", [1, 8, 64])
 def test_sample(compare, device, batch, missing):
     model = fastdiff.load("mnist-ect", device)
     network, times, seeds = plain_network(model.network), model.times[2], list(range(batch))

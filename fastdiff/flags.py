@@ -11,16 +11,20 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
+from fastdiff.modules import modules_of
+
 _lock = threading.Lock()
 _modules: weakref.WeakKeyDictionary[nn.Module, tuple[int, bool]] = weakref.WeakKeyDictionary()  # users, mode before them
 _exact: list[tuple[bool, bool]] = []  # TF32 of convolutions and products before each one that is in
 
 
 @contextlib.contextmanager
-def evaluating(network: object) -> Iterator[None]:
+def evaluating(*networks: object) -> Iterator[None]:
     """Every submodule in eval mode, and back to what it was; no matter for what is no module."""
-    modules = list(network.modules()) if isinstance(network, nn.Module) else []
+    everything = [m for network in networks if isinstance(network, nn.Module) for m in modules_of(network)]
     with _lock:
+        # one that is in eval mode, and not by another thread's wish, stays as it is
+        modules = [m for m in everything if m.training or m in _modules]
         for m in modules:
             users, before = _modules.get(m, (0, m.training))
             _modules[m] = users + 1, before

@@ -93,7 +93,7 @@ class Conv2d(nn.Conv2d):
 
 
 class Dropout(nn.Dropout):
-    """Dropout; on CPUs by `ops.philox_normal` from one number of PyTorch's generator, which draws one value after another."""
+    """Dropout; on CPUs by `ops.philox_normal` from one number of PyTorch's generator, which draws them one by one."""
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.training or x.device.type != "cpu" or not 0 < self.p < 1:

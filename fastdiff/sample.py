@@ -106,8 +106,9 @@ def sample(
         quality: "lossless": as dtype says, float32 without TF32. "high": bfloat16 with float32 sums, error at most twice
             that of a plain bfloat16 network. "fast": what is opted into beyond; nothing today, so it is "high".
         compile: how a `fastdiff.UNet` is computed. "auto": by a program of `fastdiff.compile` where this call's images pay
-            for making it or it is there already, kept with the model; "fast": by such a program in any case; "off": the
-            network as it is, which starts at once; "inductor": by torch.compile(fullgraph=True). They agree to rounding.
+            for making it, the network is small or it is there already, kept with the model; "fast": by such a program in any
+            case; "off": the network as it is, which starts at once; "inductor": by torch.compile(fullgraph=True). They
+            agree to rounding.
         progress: show a bar; by default on a terminal when it takes more than a moment.
         clip_output: clamp the result to [-1, 1].
         callback: callback(row, x) after each row of the plan; x is the sampler's own state, not a copy.
@@ -200,7 +201,8 @@ def run(
             _check_state(plan, i, x)
             callback(i, x)
 
-    with torch.inference_mode(), evaluating(placed), evaluating(weaker), _autocast(target, dtype), exact(quality):
+    modules = [network for network, used in ((placed, by), (weaker, weaker_by)) if used and used.name != "fast"]
+    with torch.inference_mode(), evaluating(*modules), _autocast(target, dtype), exact(quality):
         for first in _bar(range(0, len(seed_list), size), progress, plan, len(seed_list)):
             part = slice(first, first + size)
             batch_labels = None if label_list is None else torch.tensor(label_list[part], device=target)

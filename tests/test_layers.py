@@ -24,9 +24,9 @@ FLOORS = [
     {"plan", "samplers", "unet", "checkpoints"},
     {"evaluation"},
     {"denoiser", "nn", "stepwise"},
-    {"schedules", "unet_config"},
+    {"schedules", "unet_config", "flags"},
     {"ops"},
-    {"kernels", "_C", "version", "atomic", "cache", "flags"},
+    {"kernels", "_C", "version", "atomic", "cache", "modules"},
 ]
 # Allowed within a floor: training draws and measures samples, samplers return Plans, checkpoints become UNets.
 SIDEWAYS = {

@@ -19,8 +19,8 @@ void conv3x3(const Conv3x3& a, Winograd algorithm) {
 }
 
 char* kept_memory(int which, int64_t bytes) {
-  thread_local std::unique_ptr<Scratch> kept[2];
-  thread_local int64_t size[2] = {};
+  thread_local std::unique_ptr<Scratch> kept[3];
+  thread_local int64_t size[3] = {};
   if (size[which] < bytes) {
     kept[which].reset();
     size[which] = 0;
@@ -41,6 +41,8 @@ char* kept_memory(int which, int64_t bytes) {
 #include "cpu/conv3x3_tiles.h"
 
 #include "cpu/conv3x3_results.h"
+
+constexpr int64_t kWeights = 1 << 20;  // bytes that stay in a core's L2
 
 template <class T, class Scheme_, class Op_> struct Winning : Results<T, Scheme_, Op_> {
   typedef Results<T, Scheme_, Op_> Base;
@@ -94,7 +96,8 @@ template <class T, class Scheme_, class Op_> struct Winning : Results<T, Scheme_
         each<kIn>([&](int p) __attribute__((always_inline)) {
           vf at[kIn];
           Scheme::filter(down[0][p], down[1][p], down[2][p], at);
-          each<kIn>([&](int q) __attribute__((always_inline)) { store(u + (p * kIn + q) * u_plane + i * block + o, at[q]); });
+          float* to = u + p * kIn * u_plane + i * block + o;
+          each<kIn>([&](int q) __attribute__((always_inline)) { store(to + q * u_plane, at[q]); });
         });
       }
     }
@@ -169,6 +172,14 @@ template <class T, class Scheme_, class Op_> struct Winning : Results<T, Scheme_
     });
   }
 
+  // Whether each thread takes slabs of its own, which saves it the others' V and two barriers for each slab: where there are
+  // enough of them, and weights that every thread reads whole stay in its cache.
+  bool apart(int64_t slabs) const {
+    const int64_t bytes = (Op::kFilters || Op::kEvaluates ? 9 : kPoints) * words * wide_o * 4;
+    const int64_t workers = threads(), idle = parts(slabs, workers) * workers - slabs;
+    return workers > 1 && bytes <= kWeights && 4 * idle <= slabs;
+  }
+
   void run() {
     const int64_t n = a.norm.n;
     const int64_t v_bytes = aligned(kPoints * plane * sizeof(Stored));
@@ -179,12 +190,22 @@ template <class T, class Scheme_, class Op_> struct Winning : Results<T, Scheme_
     tables = reinterpret_cast<float*>(memory + v_bytes);
     moments = reinterpret_cast<float*>(memory + v_bytes + table_bytes);
     if (a.norm.weight) this->normalise(memory + v_bytes);
-    for (int64_t i = 0; i < this->slabs(); ++i) {
-      const auto [first, last] = this->slab(i);
-      spread(last - first, parts(a.norm.c, kChannels), false,
-             [&](int64_t begin, int64_t end, int64_t c) { this->into(first, begin, end, c * kChannels); });
-      spread(last - first, parts(a.o, Op::kBlock), Op::kFilters,
-             [&](int64_t begin, int64_t end, int64_t o) { out_of(first, begin, end, o * Op::kBlock); });
+    const auto carry_out = [&](const Winning& w, int64_t i) {
+      const auto [first, last] = w.slab(i);
+      w.spread(last - first, parts(a.norm.c, kChannels), false,
+               [&](int64_t begin, int64_t end, int64_t c) { w.into(first, begin, end, c * kChannels); });
+      w.spread(last - first, parts(a.o, Op::kBlock), Op::kFilters,
+               [&](int64_t begin, int64_t end, int64_t o) { w.out_of(first, begin, end, o * Op::kBlock); });
+    };
+    const int64_t slabs = this->slabs();
+    if (apart(slabs)) {
+      parallel_for(slabs, 1, [&](int64_t begin, int64_t end) {
+        Winning own(*this);
+        own.v = reinterpret_cast<Stored*>(kept_memory(2, v_bytes));
+        for (int64_t i = begin; i < end; ++i) carry_out(own, i);
+      });
+    } else {
+      for (int64_t i = 0; i < slabs; ++i) carry_out(*this, i);
     }
     if (a.stats_groups)
       parallel_for(n, grain_of(rows * a.o), [&](int64_t begin, int64_t end) {

@@ -24,7 +24,8 @@ struct Four {
   }
   // The transposes of `output` and, at the points as they are, of `filter`: for a weight's gradient.
   static FD_INLINE void output_back(const vf* y, vf* m) {
-    const vf even_a = splat<vf>(of_a) * fma(splat<vf>(aa), y[2], y[0]), even_b = splat<vf>(of_b) * fma(splat<vf>(bb), y[2], y[0]);
+    const vf even_a = splat<vf>(of_a) * fma(splat<vf>(aa), y[2], y[0]);
+    const vf even_b = splat<vf>(of_b) * fma(splat<vf>(bb), y[2], y[0]);
     const vf odd_a = splat<vf>(a * of_a) * fma(splat<vf>(aa), y[3], y[1]);
     const vf odd_b = splat<vf>(b * of_b) * fma(splat<vf>(bb), y[3], y[1]);
     m[0] = y[0], m[5] = y[3];

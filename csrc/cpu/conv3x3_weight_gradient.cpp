@@ -3,8 +3,8 @@
 //     dw[o, i] = G^T [ sum over tiles of (A dy[o] A^T) (B^T h[i] B) ] G, products element by element,
 //
 // 36 multiplications for 144 of the direct sum. A slab of tiles at a time: V = B^T h B and M = A dy A^T of it, each row of
-// points in the order in which it is read; then for W input and kOutputs output channels the sums over the slab's tiles, a row
-// of points in registers, and G^T of them before they leave. A sum's order depends on the shape alone, not on threads.
+// points in the order in which it is read; then for W input and kOutputs output channels the sums over the slab's tiles, a
+// row of points in registers, and G^T of them before they leave. A sum's order depends on the shape alone, not on threads.
 #ifndef FASTDIFF_ISA
 
 #include "cpu/conv3x3_weight_gradient.h"

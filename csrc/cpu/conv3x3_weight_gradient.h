@@ -3,8 +3,8 @@
 
 namespace fastdiff {
 
-// dw [o, 3, 3, c], float: the gradient of a convolution's weights by F(3x3, 4x4). Of `a` it reads norm.{x, n, c}, h, w, o, and
-// `residual`, which is dy; both channels-last and of one type.
+// dw [o, 3, 3, c], float: the gradient of a convolution's weights. Of `a` it reads norm.{x, n, c}, h, w, o, and `residual`,
+// which is dy; both channels-last and of one type.
 void conv3x3_weight_gradient(const Conv3x3& a, float* dw);
 
 }  // namespace fastdiff

@@ -5,12 +5,13 @@ import warnings
 import torch
 from torch import Tensor, nn
 
-from fastdiff import nn as modules
-from fastdiff.ops import implementations, native
+from fastdiff import nn as ours
+from fastdiff.modules import modules_of, tensors_of
+from fastdiff.ops import native, served
 from fastdiff.unet import UNet
 
 KNOWN = {
-    *(value for value in vars(modules).values() if isinstance(value, type) and issubclass(value, nn.Module)),
+    *(value for value in vars(ours).values() if isinstance(value, type) and issubclass(value, nn.Module)),
     UNet,
     nn.ModuleList,
     nn.Dropout,
@@ -25,21 +26,28 @@ def obstacle(network) -> str | None:
     """Why the network cannot be lowered, or None."""
     if type(network) is not UNet:
         return f"it is a {type(network).__name__}, no fastdiff.UNet"
+    modules = modules_of(network)
+    if any(type(m) not in KNOWN or m._forward_hooks or m._forward_pre_hooks for m in modules):
+        return _unknown(network)
+    tensors = tensors_of(modules)
+    other = next((kind for kind in {t.dtype for t in tensors} if kind != torch.float32 and kind.is_floating_point), None)
+    if other is not None:
+        return f"its weights are {other}; network.float() makes them float32"
+    devices = {t.device for t in tensors}
+    if len(devices) > 1:
+        return f"its weights are on several devices, {', '.join(sorted(map(str, devices)))}; move them to one"
+    if next(iter(devices)).type == "cpu" and served("group_norm_silu", "cpu").name == "reference":
+        return f"{REFERENCE}: {native()}"
+    return None
+
+
+def _unknown(network: nn.Module) -> str | None:
+    """The module that cannot be lowered, by its name."""
     for name, module in network.named_modules():
         if type(module) not in KNOWN:
             return f"its module {name} is a {type(module).__name__}, which fastdiff.UNet does not build"
         if module._forward_hooks or module._forward_pre_hooks:
             return f"its module {name or 'the network'} has forward hooks, which a program would not call"
-    tensors = [*network.parameters(), *network.buffers()]
-    other = next((t.dtype for t in tensors if t.is_floating_point() and t.dtype != torch.float32), None)
-    if other is not None:
-        return f"its weights are {other}; network.float() makes them float32"
-    devices = {str(t.device) for t in tensors}
-    if len(devices) > 1:
-        return f"its weights are on several devices, {', '.join(sorted(devices))}; move them to one"
-    device = next(iter(devices)).partition(":")[0]
-    if device == "cpu" and implementations()["group_norm_silu"]["cpu"].name == "reference":
-        return f"{REFERENCE}: {native()}"
     return None
 
 
@@ -61,24 +69,23 @@ class Fingerprint:
     """
 
     def __init__(self, network: nn.Module):
-        self.tensors = [t for t in (*network.parameters(), *network.buffers()) if t.numel()]
-        self.where, self.looks = self._where(network), self._looks()
+        tensors = tensors_of(modules_of(network))
+        self.where = _where(tensors)
+        flat = [_in_memory(t.detach()) for t in tensors if t.numel()]
+        self.looks = [t[:: max(1, (t.numel() - 1) // LOOK)] for t in flat]
+        self.alike = len({t.dtype for t in flat}) == 1
         self.values = self._values()
 
-    def _where(self, network: nn.Module) -> list[tuple[int, int]]:
-        tensors = [t for t in (*network.parameters(), *network.buffers()) if t.numel()]
-        return [(t.data_ptr(), 0 if t.is_inference() else t._version) for t in tensors]
-
-    def _looks(self) -> list[Tensor]:
-        flat = [_in_memory(t.detach()) for t in self.tensors]
-        return [t[:: max(1, (t.numel() - 1) // LOOK)] for t in flat]
-
     def _values(self) -> Tensor:
-        return torch.cat([t.float() for t in self.looks])
+        return torch.cat(self.looks if self.alike else [t.float() for t in self.looks])
 
     def holds(self, network: nn.Module) -> bool:
         """Whether the network's weights are still those."""
-        return self.where == self._where(network) and bool(torch.equal(self.values, self._values()))
+        return self.where == _where(tensors_of(modules_of(network))) and bool(torch.equal(self.values, self._values()))
+
+
+def _where(tensors: list[Tensor]) -> list[tuple[int, int]]:
+    return [(t.data_ptr(), 0 if t.is_inference() else t._version) for t in tensors]
 
 
 def _in_memory(t: Tensor) -> Tensor:

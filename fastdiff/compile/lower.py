@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastdiff.compile.library import LibraryConvolution
+from fastdiff.compile.product import convolution
 from fastdiff.compile.steps import (
     Apply,
     Attention,
@@ -53,11 +53,13 @@ class Lowering:
         self.conditions: list[tuple[nn.Linear, Tensor | None]] = []  # linear layers, and the bias that joins each
         self.operations = 0  # multiplications and additions per image in convolutions and projections
         self.values = 1
+        self.largest = 0  # numbers of an image in the largest value
         self.input = Value(0, self.config.in_channels, size)
         self.output = self._network()
 
     def _new(self, channels: int, size: tuple[int, int]) -> Value:
         self.values += 1
+        self.largest = max(self.largest, channels * size[0] * size[1])
         return Value(self.values - 1, channels, size)
 
     def _emit(self, make: Callable[[int], Step], channels: int, size: tuple[int, int]) -> Value:
@@ -92,8 +94,8 @@ class Lowering:
 
     def _project(self, module: nn.Conv2d, x: Value) -> Value:
         self.operations += 2 * module.weight.numel() * x.size[0] * x.size[1]
-        library = LibraryConvolution(self._cast(module.weight), _bias(module), x.size, 1, 0)
-        return self._emit(lambda out: Project(out, x.number, library), module.out_channels, x.size)
+        project = convolution(self._cast(module.weight), _bias(module), x.size, 1, 0)
+        return self._emit(lambda out: Project(out, x.number, project), module.out_channels, x.size)
 
     def _apply(self, call: Callable[..., Tensor], channels: int, size: tuple[int, int], *given: Value | None) -> Value:
         numbers = tuple(None if value is None else value.number for value in given)
@@ -152,8 +154,8 @@ class Lowering:
         assert isinstance(module, Downsample)
         conv, (h, w) = module.conv, x.size
         self.operations += 18 * x.channels**2 * (h // 2) * (w // 2)
-        library = LibraryConvolution(self._cast(conv.weight), _bias(conv), (h, w), 2, 0 if module.end else 1)
-        return self._emit(lambda out: Halve(out, x.number, library, module.end), x.channels, (h // 2, w // 2))
+        halve = convolution(self._cast(conv.weight), _bias(conv), (h, w), 2, 0 if module.end else 1)
+        return self._emit(lambda out: Halve(out, x.number, halve, module.end), x.channels, (h // 2, w // 2))
 
     def _network(self) -> Value:
         net, pyramid, images = self.network, iter(self.network.pyramid), iter(self.network.images)

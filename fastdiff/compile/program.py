@@ -12,6 +12,8 @@ from fastdiff.compile.steps import Conv3x3, Values
 from fastdiff.unet import UNet
 
 LIBRARY = "library"  # an algorithm beside those of ops.conv3x3, see library.py
+LIGHT = 2e6  # weights, up to which it is values that leave the processor's caches, and
+TOGETHER = 3e6  # bytes of one value of as many images as are computed together, for each thread
 
 
 class Program:
@@ -32,6 +34,9 @@ class Program:
         self.others: set[tuple[int, int]] = set()  # sizes that it was not made for, and met
         self.where = ""  # its weights are, if not in memory
         self.factor = 2 ** (len(network.config.multipliers) - 1)
+        self.together: int | None = None  # images for each thread; None for any number
+        if is_light(network):
+            self.together = max(1, int(TOGETHER / (4 * lowered.largest)))
 
     def _last_uses(self) -> list[list[int]]:
         """The values that nothing needs after each step."""
@@ -77,12 +82,25 @@ class Program:
             self._say(x.shape[-2], x.shape[-1])
         with torch.autocast(x.device.type, enabled=False):
             c = self.conditions(c_noise, labels, augment_labels)
-            v: Values = [None] * self.values
-            v[0] = x.to(self.dtype).contiguous(memory_format=torch.channels_last)
-            for step, unused in zip(self.steps, self.unused, strict=True):
-                step.run(v, c)
-                for number in unused:
-                    v[number] = None
-            y = v[self.output]
-            assert y is not None
-            return y.to(x.dtype)
+            together = len(x) if self.together is None else self.together * torch.get_num_threads()
+            if len(x) <= together:
+                return self._run(x, c)
+            parts = zip(x.split(together), *(rows.split(together) for rows in c), strict=True)
+            return torch.cat([self._run(part, rows) for part, *rows in parts])
+
+    def _run(self, x: Tensor, c: Sequence[Tensor]) -> Tensor:
+        v: Values = [None] * self.values
+        v[0] = x.to(self.dtype).contiguous(memory_format=torch.channels_last)
+        for step, unused in zip(self.steps, self.unused, strict=True):
+            step.run(v, c)
+            for number in unused:
+                v[number] = None
+        y = v[self.output]
+        assert y is not None
+        return y.to(x.dtype)
+
+
+def is_light(network: UNet) -> bool:
+    """Whether it has few weights, and is on a CPU."""
+    weights = list(network.parameters())
+    return weights[0].device.type == "cpu" and sum(p.numel() for p in weights) <= LIGHT

@@ -100,7 +100,7 @@ class Halve(Step):
     """DDPM's halving convolution of stride 2."""
 
     x: int
-    convolution: LibraryConvolution
+    convolution: Callable[[Tensor], Tensor]
     end: bool
 
     @property
@@ -117,7 +117,7 @@ class Project(Step):
     """A 1x1 convolution."""
 
     x: int
-    convolution: LibraryConvolution
+    convolution: Callable[[Tensor], Tensor]
 
     @property
     def reads(self):

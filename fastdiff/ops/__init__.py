@@ -6,7 +6,7 @@ says `torch.ops.fastdiff`.
 
 from fastdiff.ops import _register
 from fastdiff.ops._register import overload
-from fastdiff.ops._serving import Served, implementations, native
+from fastdiff.ops._serving import Served, implementations, native, served
 from fastdiff.ops.add_noise import add_noise
 from fastdiff.ops.conv3x3 import Norm, conv3x3, conv3x3_algorithms, conv3x3_pack
 from fastdiff.ops.conv3x3_weight_gradient import conv3x3_weight_gradient
@@ -55,4 +55,5 @@ __all__ = [
     "resample_pads",
     "schedule_coefficients",
     "seed_tensor",
+    "served",
 ]

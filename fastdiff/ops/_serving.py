@@ -24,10 +24,11 @@ def native() -> str:
 
 def implementations() -> dict[str, dict[str, Served]]:
     """op -> device ("cpu", "cuda") -> what serves it."""
-    return {op: {device: _served(op, device) for device in ("cpu", "cuda")} for op in _register.names()}
+    return {op: {device: served(op, device) for device in ("cpu", "cuda")} for op in _register.names()}
 
 
-def _served(op: str, device: str) -> Served:
+def served(op: str, device: str) -> Served:
+    """What serves one op on "cpu" or "cuda"."""
     name = _register.serving(op, device)
     if name == "reference":
         return Served(name, _register.native_error or "" if device == "cpu" else _register.triton_error or "")

@@ -41,8 +41,8 @@ def conv3x3_weight_gradient(dy: torch.Tensor, h: torch.Tensor) -> torch.Tensor:
         dy: [N, O, H, W], any strides.
         h: [N, I, H, W], of dy's dtype.
 
-    Returns: float32 (float64 for float64), channels-last; not differentiable. On CPUs sums are float32, by Winograd's algorithm,
-        in an order that the shape alone decides; float64 and other devices: PyTorch's.
+    Returns: float32 (float64 for float64), channels-last; not differentiable. On CPUs sums are float32, by Winograd's
+        algorithm, in an order that the shape alone decides; float64 and other devices: PyTorch's.
 
     Raises: TypeError, ValueError naming argument, value and remedy.
 

@@ -1,6 +1,7 @@
 """Every sampler by name: what makes its plan, its order of convergence, the evaluations it can make, and its paper."""
 
 import dataclasses
+import functools
 import inspect
 from collections.abc import Callable
 from typing import Any
@@ -36,7 +37,7 @@ class Sampler:
     def __call__(self, schedule, prediction, nfe: int, **options: Any) -> Plan:
         return self.make(schedule, prediction, nfe, **self.preset | options)
 
-    @property
+    @functools.cached_property
     def options(self) -> list[str]:
         """Names of what can be passed besides nfe."""
         named = list(inspect.signature(self.make).parameters.values())[3:]

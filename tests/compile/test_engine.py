@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import itertools
 import pickle
+import sys
 import threading
 import warnings
 
@@ -14,8 +15,10 @@ from tiny import awake
 
 import fastdiff
 from fastdiff import schedules
-from fastdiff.compile import automatic, fits, measured
+from fastdiff.compile import automatic, fits, measured, program
 from fastdiff.request import QUALITIES
+
+choose = sys.modules["fastdiff.compile.choose"]
 
 SEEDS = range(5)
 
@@ -86,9 +89,7 @@ def test_what_is_not_lowered(model):
 
 def test_unsupported_processors(model, monkeypatch):
     """Without native code programs are not made: the references' norm is slower than the modules'."""
-    served = fastdiff.ops.implementations()
-    served["group_norm_silu"]["cpu"] = fastdiff.ops.Served("reference", "not built")
-    monkeypatch.setattr(fits, "implementations", lambda: served)
+    monkeypatch.setattr(fits, "served", lambda op, device: fastdiff.ops.Served("reference", "not built"))
     monkeypatch.setattr(fits, "_said", set())
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
@@ -107,7 +108,8 @@ def nothing_known(monkeypatch, tmp_path):
 
 
 def test_auto_compiles_where_it_pays(model, monkeypatch, nothing_known):
-    """Not for a few images of a small network; for many; and a program that is there is used whatever the number."""
+    """Not for a few images; for many; and a program that is there is used whatever the number."""
+    monkeypatch.setattr(program, "LIGHT", 0)
     few = fastdiff.run(model, 2, seeds=SEEDS)
     assert few.engine.startswith("network: compiling takes some 1.0 s and would save 0.0 s; compile='fast' does it")
     for name in ("WORTH", "SECONDS", "TRIALS", "SECONDS_PER_WEIGHT"):
@@ -117,6 +119,39 @@ def test_auto_compiles_where_it_pays(model, monkeypatch, nothing_known):
     assert fastdiff.run(model, 2, seeds=[3]).engine == "fast"
     assert fastdiff.run(model, 2, seeds=[3], compile="off").engine.startswith("network")
     assert fastdiff.run(model, 2, seeds=[3], dtype=torch.float16).engine.startswith("network: programs compute in float32")
+
+
+def test_light_networks_have_a_program_at_once(model, monkeypatch, nothing_known):
+    """At the first call, made once and without a measurement: an image has one set of bits in all calls and processes."""
+    made, make = [], automatic._unmeasured
+    monkeypatch.setattr(automatic, "_unmeasured", lambda *given: made.append(make(*given)) or made[-1])
+    monkeypatch.setattr(choose, "_measure", lambda *given: pytest.fail("measured"))
+    first = fastdiff.run(model, 2, seeds=[3])
+    rest = [fastdiff.run(model, 2, seeds=SEEDS, batch_size=size) for size in (1, 2, 5)]
+    assert len(made) == 1 and {r.engine for r in (first, *rest)} == {"fast"}
+    assert all(torch.equal(r.images[3], first.images[0]) and torch.equal(r.images, rest[0].images) for r in rest)
+    assert set(made[0].algorithms.values()) == {"winograd4"}, "all are narrow"
+    assert torch.equal(fastdiff.sample(copy.deepcopy(model), 2, seeds=SEEDS, compile="fast"), rest[0].images)
+    assert len(made) == 2
+    with torch.no_grad():
+        model.network.conv_out.weight.mul_(1.5)
+    assert not torch.equal(fastdiff.sample(model, 2, seeds=SEEDS), rest[0].images) and len(made) == 3
+    assert fastdiff.run(model, 2, seeds=[3], quality="high").engine.startswith("network: compiling takes some")
+    assert fastdiff.run(model, 2, seeds=[3], deterministic=True).engine == "network: compile='off'"
+    monkeypatch.setattr(program, "LIGHT", sum(p.numel() for p in model.network.parameters()) - 1)
+    heavy = copy.deepcopy(model)
+    assert fastdiff.run(heavy, 2, seeds=[3]).engine.startswith("network: compiling takes some") and len(made) == 3
+
+
+def test_programs_leave_modes_alone(model):
+    """A program has no dropout: the modules of its network are not looked at."""
+    model.network.train()
+    seen = []
+    callback = lambda i, x: seen.append([m.training for m in model.network.modules()])  # noqa: E731
+    fastdiff.sample(model, 2, seeds=[0], callback=callback)
+    assert all(map(all, seen))
+    fastdiff.sample(model, 2, seeds=[0], callback=callback, compile="off")
+    assert len(seen) == 4 and not any(map(any, seen[2:]))
 
 
 def test_what_a_program_costs(model, nothing_known):

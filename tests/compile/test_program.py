@@ -10,6 +10,7 @@ from compiled_networks import NETWORKS, inputs
 from tiny import awake
 
 from fastdiff import ops
+from fastdiff.compile import program as flat
 from fastdiff.compile import program_of
 from fastdiff.compile.choose import CANDIDATES
 from fastdiff.compile.conditions import Conditions
@@ -77,6 +78,23 @@ def test_bits_do_not_depend_on_the_batch(network, dtype):
             assert torch.equal(program(x[part], t[part], some), whole[part]), (algorithm, part)
         assert torch.equal(program(x.contiguous(memory_format=torch.channels_last), t, labels), whole)
         assert torch.equal(program(x, t, labels), whole)
+        program.together = 1
+        assert torch.equal(program(x, t, labels), whole)
+
+
+def test_how_many_images_go_together(monkeypatch):
+    """As many as fit a cache where weights are few; all of them where weights would be read again for each part."""
+    network = awake(NETWORKS["ddpm"])
+    program = program_of(network, torch.float32, choices=choices(network, LIBRARY))
+    assert program.together == flat.TOGETHER // (4 * 48 * 8 * 8), "32 channels from below and 16 that join them"
+    sizes, run = [], program._run
+    monkeypatch.setattr(program, "_run", lambda x, c: (sizes.append({len(x), *map(len, c)}), run(x, c))[1])
+    monkeypatch.setattr(program, "together", 2)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    x, t, _ = inputs(network.config, 5)
+    assert program(x, t).shape == x.shape and sizes == [{4}, {1}]
+    monkeypatch.setattr(flat, "LIGHT", sum(p.numel() for p in network.parameters()) - 1)
+    assert program_of(network, torch.float32, choices=choices(network, LIBRARY)).together is None
 
 
 @pytest.mark.parametrize("size", [(8, 8), (16, 8), (4, 12)])

@@ -1,4 +1,4 @@
-"""The gradient of a convolution's weights by Winograd's algorithm: values by its own error analysis, bits, layouts, errors."""
+"""The gradient of a convolution's weights by Winograd's algorithm: values by its error analysis, bits, layouts, errors."""
 
 import pytest
 import torch
@@ -40,8 +40,9 @@ def test_values(isa, shape, dtype):
     dy, h = make(*shape, dtype)
     dw, want = conv3x3_weight_gradient(dy, h), reference(dy.double(), h.double())
     assert dw.dtype == torch.float32 and dw.stride() == want.stride()
-    assert ((dw - want).abs() <= bound(dy, h)).all()
-    assert (dw - want).norm() <= 2e-6 * want.norm()
+    most = bound(dy, h)
+    assert ((dw - want).abs() <= most).all()
+    assert (dw - want).norm() <= 0.1 * most.norm()  # roundings seldom agree
 
 
 @pytest.mark.parametrize("shape", [SHAPES[7], *BATCHES], ids=str)
@@ -84,7 +85,7 @@ def test_bad_input():
     dy, h = make(2, 3, 4, 5, 6)
     with pytest.raises(TypeError, match=r"h: expected .* \[N, C, H, W\]"):
         conv3x3_weight_gradient(dy, h[0])
-    with pytest.raises(ValueError, match="dy: .* does not fit h .* same"):
+    with pytest.raises(ValueError, match=r"dy: .* does not fit h .* same"):
         conv3x3_weight_gradient(dy[:1], h)
     with pytest.raises(TypeError, match=r"dy: is torch.float64, h torch.float32; use dy.to\(torch.float32\)"):
         conv3x3_weight_gradient(dy.double(), h)
