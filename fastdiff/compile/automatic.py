@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fastdiff.compile import Compiled, program_of
-from fastdiff.compile.choose import layers
+from fastdiff.compile.choose import eight_bits, layers
 from fastdiff.compile.fits import REFERENCE, Fingerprint, obstacle, say_once
 from fastdiff.compile.graph import CudaGraphs, Graphs
 from fastdiff.compile.measured import choices
@@ -28,6 +28,7 @@ WORTH = 0.5  # seconds; for less, other rounding than in the calls before is not
 SECONDS = 0.5  # to measure, where no layer size is known, and
 TRIALS = 0.6  # of the time of BATCH images
 SECONDS_PER_WEIGHT = 2.5e-8  # to pack
+ONLY = "convolutions of eight bits are made by programs on NVIDIA GPUs of compute capability 8.9 and later"
 
 
 @dataclasses.dataclass
@@ -46,7 +47,7 @@ class Engine:
 
     def describe(self) -> str:
         owner = getattr(self.execute, "__self__", None)
-        why = owner.describe() if isinstance(owner, Graphs) else self.why
+        why = "; ".join(filter(None, (owner.describe() if isinstance(owner, Graphs) else "", self.why)))
         return f"{self.name}: {why}" if why else self.name
 
 
@@ -89,11 +90,20 @@ def kept(model: Model) -> Kept:
     return vars(model).setdefault("_kept", Kept())
 
 
-def engine(model: Model, network: Any, dtype: torch.dtype, compile: str, evaluations: int) -> Engine:
+def engine(model: Model, network: Any, dtype: torch.dtype, compile: str, evaluations: int, quality: str = "") -> Engine:
     """What computes `network`, the model's on its device: as `compile` says, or where that is "auto" what pays.
 
-    evaluations: images times network calls for each.
+    evaluations: images times network calls for each. quality: "fast" asks for convolutions of eight bits, which programs
+    alone have; where there are none that is said.
     """
+    fast = quality == "fast" and type(network) is UNet and eight_bits(dtype, _device(network))
+    found = _engine(model, network, dtype, compile, evaluations, fast)
+    if quality != "fast" or isinstance(model, Compiled) or (fast and found.name == "fast"):
+        return found
+    return dataclasses.replace(found, why="; ".join(filter(None, (found.why, f"quality 'fast' is 'high' here: {ONLY}"))))
+
+
+def _engine(model: Model, network: Any, dtype: torch.dtype, compile: str, evaluations: int, fast: bool) -> Engine:
     if isinstance(model, Compiled):
         return _captured(model, model.original, model.device, network)
     if compile == "off":
@@ -110,13 +120,13 @@ def engine(model: Model, network: Any, dtype: torch.dtype, compile: str, evaluat
             say_once(f"sample: no program can be made, and the network is slow: {reason}; `fastdiff info` shows each op")
         return Engine(network, "network", reason)
     where = _device(network)
-    key, store = ("fast", str(where), dtype), kept(model)
-    if compile == "auto" and store.find(key, network) is None:
+    key, store = ("fast", str(where), "fp8" if fast else dtype), kept(model)
+    if compile == "auto" and not fast and store.find(key, network) is None:
         reason = _too_little(model, network, where, dtype, evaluations)
         if reason:
             return Engine(network, "network", reason)
     size = model.shape[1:] if model.shape else None
-    program = store.get(key, network, lambda: program_of(network, dtype, BATCH, size))
+    program = store.get(key, network, lambda: program_of(network, dtype, BATCH, size, fast=fast))
     return _captured(model, network, where, program)
 
 
