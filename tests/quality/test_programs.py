@@ -9,9 +9,12 @@ import dataclasses
 import measures
 import pytest
 import torch
+from compiled_networks import inputs
 from eight_bits import emulate, fast_model
+from tiny import awake
 
 import fastdiff
+from fastdiff import UNetConfig
 from fastdiff.compile import program_of
 from fastdiff.metrics.evaluation import natural_labels
 from fastdiff.request import QUALITIES
@@ -72,3 +75,22 @@ def test_images_are_as_good(judge, plain, quality, algorithm, monkeypatch):
     rise, fall = PATHS[quality, algorithm]
     assert found["fd"] <= rise * plain["fd"] and found["agreement"] >= plain["agreement"] - fall
     assert torch.isfinite(torch.tensor(list(found.values()))).all()
+
+
+NETWORKS = {"DDPM CIFAR-10": UNetConfig(), "EDM CIFAR-10": UNetConfig.ddpmpp(), "ADM ImageNet-64": UNetConfig.adm()}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NETWORKS)
+def test_the_error_of_eight_bits(name, monkeypatch):
+    """Of a network with random weights, as a GPU would compute it: within ten times bfloat16's."""
+    network, (x, t, labels) = awake(NETWORKS[name]), inputs(NETWORKS[name], 2)
+    emulate(monkeypatch)
+    library = {name: "library" for name, _ in network.named_modules()}
+    eight, sixteen = (program_of(network, torch.bfloat16, choices=library, fast=fast) for fast in (True, False))
+    with torch.inference_mode():
+        truth = network(x, t, labels)
+        errors = [((program(x, t, labels) - truth).norm() / truth.norm()).item() for program in (eight, sixteen)]
+    chosen = list(eight.algorithms.values())
+    print(f"{name}: {errors[0]:.2e}, bfloat16 {errors[1]:.2e}; {chosen.count('fp8')} of {len(chosen)} convolutions")
+    assert errors[1] < 0.02 and errors[0] < 10 * errors[1]
