@@ -105,7 +105,7 @@ def sample(
             float64 for both.
         quality: "lossless": as dtype says, float32 without TF32. "high": bfloat16 with float32 sums, error at most twice
             that of a plain bfloat16 network. "fast": on GPUs of compute capability 8.9 and later a program with 3x3
-            convolutions of eight bits, for some ten times that error; elsewhere it is "high", as `run(...).engine` says.
+            convolutions of eight bits, with some ten times bfloat16's error; elsewhere "high", as `run(...).engine` says.
         compile: how a `fastdiff.UNet` is computed. "auto": by a program of `fastdiff.compile` where this call's images pay
             for making it or it is there already, kept with the model; "fast": by such a program in any case; "off": the
             network as it is, which starts at once; "inductor": by torch.compile(fullgraph=True). They agree to rounding.

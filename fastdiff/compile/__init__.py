@@ -91,7 +91,7 @@ def compile(
             `fastdiff.sample` (sampler=, times=, ...). Unconditional models alone have such.
         quality: "lossless": float32, error at most 2e-5 of the network's output. "high": bfloat16 products with float32
             sums, error at most twice that of a plain bfloat16 network. "fast": on GPUs of compute capability 8.9 and later
-            3x3 convolutions of eight bits (E4M3), for some ten times that error; elsewhere what "high" is.
+            3x3 convolutions of eight bits (E4M3), with some ten times bfloat16's error; elsewhere what "high" is.
         size: (H, W) of the images; the model's own by default.
 
     Returns: a `Compiled` model, or `model`. Of a network of more than 32 MB it holds the weights in a nameless file of the

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fastdiff.compile import Compiled, program_of
-from fastdiff.compile.choose import eight_bits, layers
+from fastdiff.compile.choose import EIGHT_BITS, eight_bits, layers
 from fastdiff.compile.fits import REFERENCE, Fingerprint, obstacle, say_once
 from fastdiff.compile.graph import CudaGraphs, Graphs
 from fastdiff.compile.measured import choices
@@ -28,7 +28,7 @@ WORTH = 0.5  # seconds; for less, other rounding than in the calls before is not
 SECONDS = 0.5  # to measure, where no layer size is known, and
 TRIALS = 0.6  # of the time of BATCH images
 SECONDS_PER_WEIGHT = 2.5e-8  # to pack
-ONLY = "convolutions of eight bits are made by programs on NVIDIA GPUs of compute capability 8.9 and later"
+ONLY = "eight bits are for programs on NVIDIA GPUs of compute capability 8.9 and later, for 64 channels at 16x16 and more"
 
 
 @dataclasses.dataclass
@@ -98,7 +98,8 @@ def engine(model: Model, network: Any, dtype: torch.dtype, compile: str, evaluat
     """
     fast = quality == "fast" and type(network) is UNet and eight_bits(dtype, _device(network))
     found = _engine(model, network, dtype, compile, evaluations, fast)
-    if quality != "fast" or isinstance(model, Compiled) or (fast and found.name == "fast"):
+    asked = model.quality if isinstance(model, Compiled) else quality
+    if asked != "fast" or (isinstance(found.call, Program) and EIGHT_BITS in found.call.algorithms.values()):
         return found
     return dataclasses.replace(found, why="; ".join(filter(None, (found.why, f"quality 'fast' is 'high' here: {ONLY}"))))
 
@@ -120,7 +121,7 @@ def _engine(model: Model, network: Any, dtype: torch.dtype, compile: str, evalua
             say_once(f"sample: no program can be made, and the network is slow: {reason}; `fastdiff info` shows each op")
         return Engine(network, "network", reason)
     where = _device(network)
-    key, store = ("fast", str(where), "fp8" if fast else dtype), kept(model)
+    key, store = ("fast", str(where), EIGHT_BITS if fast else dtype), kept(model)
     if compile == "auto" and not fast and store.find(key, network) is None:
         reason = _too_little(model, network, where, dtype, evaluations)
         if reason:

@@ -30,7 +30,7 @@ MARGIN = 0.95  # a candidate must take less than this of the time of those befor
 CANDIDATES = {torch.float32: ("winograd4_lean", "winograd4"), torch.bfloat16: ("winograd2",)}
 
 EIGHT_BITS = "fp8"
-SIDE, CHANNELS = 16, 64  # least of a layer whose products, where eight bits are twice as fast, outweigh the rest of it
+SIDE, CHANNELS = 16, 64  # least of a layer whose products are expected to outweigh the rest of it; not measured
 
 
 def eight_bits(dtype: torch.dtype, device: torch.device) -> bool:

@@ -4,9 +4,9 @@
     p = e4m3(clamp(f h, -448, 448)), f = 2^(3 - ceil log2 max_c(|gamma_c| + |beta_c|))
     z[o] = d[o] / f (q[o] * p) + bias[o]                                       * convolves, sums in float32
 
-The scale f of h needs no data: before SiLU h is about N(beta, gamma) whatever the image, and SiLU makes nothing larger. With
-that f a channel's beta + gamma lies in 4 ... 8, so that h saturates 56 standard deviations out at the earliest, which leaves
-a `scale` and `shift` room, and is a normal number of E4M3 down to 1/256 of its size. e4m3 rounds to nearest, ties to even.
+The scale f of h needs no data: before SiLU h is about N(beta, gamma) whatever the image, and SiLU makes nothing larger. f
+brings the largest channel's |gamma| + |beta| to 4 ... 8, so that h saturates 56 standard deviations out at the earliest and
+leaves a `scale` and `shift` room, and is a normal number down to 1/256 of that size. e4m3 rounds to nearest, ties to even.
 """
 
 import math

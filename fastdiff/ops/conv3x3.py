@@ -237,7 +237,7 @@ def conv3x3(
         algorithm: "direct", or one of those that `conv3x3_algorithms(x.dtype, x.device)` names. "winograd4": F(4x4, 3x3),
             products in float32. "winograd4_lean": the same with weights that are transformed while they are used, which
             take a quarter of the memory and of its bandwidth. "winograd2": F(2x2, 3x3), products of bfloat16. "fp8": h and
-            the weights rounded to eight bits (E4M3), for GPUs; a norm is needed, and the error is some ten times that of
+            the weights rounded to eight bits (E4M3), for GPUs; a norm is needed, and the error is some twenty times that of
             bfloat16. Named by the caller, who keeps it: it does not depend on the batch. By Winograd's, y depends on neither
             batch nor threads, to the bit.
 

@@ -129,9 +129,9 @@ def tile(pitch: int, outputs: int) -> dict:
     """Tile of the product and its launch options; nothing of the batch in it, so that an image's bits are the same in all.
 
     The 4096 products that a multiprocessor's tensor cores make in a cycle on sm_90 take 64 bytes of operands with tiles of
-    128 x 128, and L2 delivers some 24. Left operands come from L1 eight times of nine (`.ca`), which leaves 37. Larger tiles
-    need fewer, but there the tensor cores' own sums have 14 bits, and float32 ones beside them take the registers. Three
-    stages, 96 KiB, fit sm_89 too, and leave L1 the rest.
+    128 x 128, more than L2 is expected to deliver. Left operands, whose rows nine taps share, may come from L1 (`.ca`): that
+    leaves some 37. Larger tiles need fewer, but there the tensor cores' own sums have 14 bits, and float32 ones beside them
+    take the registers. Three stages, 96 KiB, fit sm_89 too, and leave L1 the rest.
     """
     i = next((i for i in (128, 64, 32) if pitch % i == 0), 64 if pitch > 32 else 32)
     o = min(128, max(16, triton.next_power_of_2(outputs)))

@@ -1,5 +1,6 @@
 """quality="fast": which layers take eight bits, what that costs, and that nothing else ever does."""
 
+import copy
 import dataclasses
 import sys
 
@@ -72,6 +73,23 @@ def test_the_error_is_that_of_eight_bits(network, monkeypatch):
     assert errors[1] < 0.02 < errors[0] < 0.2, errors
 
 
+@pytest.mark.skipif(
+    "fp8" not in ops.conv3x3_algorithms(torch.bfloat16, "cuda"), reason="there is no GPU that multiplies E4M3"
+)
+def test_on_a_gpu(network, monkeypatch):
+    """The kernels' error is that of their emulation; the bits differ, since one neighbour of h moves all that follows."""
+    given = inputs(network.config, 2)
+    program = program_of(copy.deepcopy(network).cuda(), torch.bfloat16, fast=True)
+    assert "fp8" in program.algorithms.values()
+    with torch.inference_mode():
+        truth = network(*given)
+        on_gpu = program(*(None if t is None else t.cuda() for t in given)).cpu()
+        emulate(monkeypatch)
+        here = of_a_fast_program(network)(*given)
+    errors = [((y - truth).norm() / truth.norm()).item() for y in (on_gpu, here)]
+    assert errors[0] < 1.25 * errors[1], errors
+
+
 def test_the_scale_is_the_norms(network):
     program, modules = of_a_fast_program(network), dict(network.named_modules())
     for step in program.convolutions:
@@ -97,10 +115,11 @@ def test_fast_where_eight_bits_are_served(served, tmp_path):
     """compile, sample, and a saved program; `sample` makes the program at once: there is no other way to eight bits."""
     model = Model(awake(CONFIG), schedules.EDM(), Prediction("edm"), "consistency", (3, 32, 32), 0, {1: [80.0]})
     compiled = fastdiff.compile(model, quality="fast")
-    assert "fp8" in compiled.program.algorithms.values()
-    assert fastdiff.run(compiled, 1, seeds=[5], quality="fast").engine == "fast"
+    chosen = {name for name, algorithm in compiled.program.algorithms.items() if algorithm == "fp8"}
+    assert chosen and fastdiff.run(compiled, 1, seeds=[5], quality="fast").engine == "fast"
     done = fastdiff.run(model, 1, seeds=[5], quality="fast")
-    assert done.engine == "fast" and torch.equal(done.images, fastdiff.sample(compiled, 1, seeds=[5]))
+    program, _ = automatic.kept(model).made["fast", "cpu", "fp8"]  # its other algorithms were measured at another batch
+    assert done.engine == "fast" and {n for n, a in program.algorithms.items() if a == "fp8"} == chosen
     high = fastdiff.sample(model, 1, seeds=[5], quality="high")
     assert not torch.equal(high, done.images)
     compiled.save(tmp_path / "fast.safetensors")
@@ -118,7 +137,15 @@ def test_fast_elsewhere_is_high_and_says_so():
     assert "quality 'fast' is 'high' here: " + automatic.ONLY in done.engine and done.engine.startswith("network: ")
     assert automatic.ONLY in fastdiff.run(model, 1, seeds=[0], quality="fast", compile="fast").engine
     assert "quality" not in fastdiff.run(model, 1, seeds=[0], quality="high").engine
-    assert set(fastdiff.compile(model, quality="fast").program.algorithms.values()).isdisjoint({"fp8"})
+    compiled = fastdiff.compile(model, quality="fast")
+    assert (
+        "fp8" not in compiled.program.algorithms.values() and automatic.ONLY in fastdiff.run(compiled, 1, seeds=[0]).engine
+    )
+
+
+def test_nothing_large_enough_is_said(served):
+    done = fastdiff.run(model_of("ddpm"), 1, seeds=[0], quality="fast")
+    assert done.engine == f"fast: quality 'fast' is 'high' here: {automatic.ONLY}"
 
 
 def test_a_bound_step_without_a_norm_is_refused(network):
