@@ -166,3 +166,48 @@ def test_conv3x3(compare, missing, case):
         assert errors["fastdiff"] <= (5e-6 if dtype == torch.float32 else 2 * errors["direct"]), errors
 
     compare("conv3x3", name_of(case), variants, check, flops=2 * 9 * x.numel() * outputs, skipped=skipped)
+
+
+EIGHT_BITS = "fp8"
+LARGE = [  # as CASES
+    (64, 256, 256, 32, torch.bfloat16),
+    (64, 256, 256, 16, torch.bfloat16),
+    (512, 256, 256, 32, torch.bfloat16),
+    (64, 192, 192, 64, torch.bfloat16),
+    (64, 576, 384, 32, torch.bfloat16),
+    (8, 256, 256, 32, torch.bfloat16),
+]
+
+
+@pytest.mark.skipif(
+    EIGHT_BITS not in ops.conv3x3_algorithms(torch.bfloat16, DEVICE), reason="there is no GPU that multiplies E4M3"
+)
+@pytest.mark.parametrize("case", with_full(LARGE, LARGE[:2]), ids=name_of)
+@torch.inference_mode()
+def test_eight_bits(compare, case):
+    """Beside the same layer in bfloat16, `direct`, and its convolution alone, `library`."""
+    n, inputs, outputs, side, dtype = case
+    x = torch.randn(n, inputs, side, side, device=DEVICE).to(dtype).contiguous(memory_format=torch.channels_last)
+    weight, bias = (
+        torch.randn(outputs, inputs, 3, 3, device=DEVICE) / (9 * inputs) ** 0.5,
+        torch.randn(outputs, device=DEVICE),
+    )
+    norm = ops.Norm(torch.ones(inputs, device=DEVICE), torch.zeros(inputs, device=DEVICE), 32)
+    narrow = weight.to(dtype).contiguous(memory_format=torch.channels_last), bias.to(dtype)
+
+    def layer(algorithm):
+        packed = ops.conv3x3_pack(weight, algorithm, norm=norm)
+        packed = packed.to(dtype) if algorithm == "direct" else packed
+        groups = 0 if algorithm == "direct" else 32  # behind the library the next norm takes its statistics itself
+        given = {"norm": norm, "stats_groups": groups, "packed": packed, "algorithm": algorithm}
+        return lambda: ops.conv3x3(x, weight, bias, **given)[0]
+
+    variants = {"fastdiff": layer(EIGHT_BITS), "direct": layer("direct")}
+    variants["library"] = lambda: functional.conv2d(x, *narrow, padding=1)
+
+    def check():
+        plain, got = variants["direct"]().float(), variants["fastdiff"]().float()
+        error = float((got - plain).norm() / plain.norm())
+        assert error < 0.045, error  # 0.036 of E4M3, and bfloat16's
+
+    compare("conv3x3", f"{name_of(case)} {EIGHT_BITS}", variants, check, flops=2 * 9 * x.numel() * outputs)

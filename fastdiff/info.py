@@ -68,8 +68,10 @@ def _ops() -> list[str]:
             why = served[device].why
             if why and f"{device}: {why}" not in notes:
                 notes.append(f"{device}: {why}")
-    algorithms = {d: conv3x3_algorithms(d) for d in (torch.float32, torch.bfloat16)}
-    notes.append("cpu: conv3x3 by " + "; ".join(f"{', '.join(names)} ({str(d)[6:]})" for d, names in algorithms.items()))
+    for device in ("cpu", "cuda")[: 1 + torch.cuda.is_available()]:
+        algorithms = {d: conv3x3_algorithms(d, device) for d in (torch.float32, torch.bfloat16)}
+        by = "; ".join(f"{', '.join(names)} ({str(d)[6:]})" for d, names in algorithms.items())
+        notes.append(f"{device}: conv3x3 by {by}")
     widths = [max(len(row[i]) for row in rows) for i in range(3)]
     return ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows] + notes
 

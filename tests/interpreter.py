@@ -12,24 +12,29 @@ HAS_GPU = torch.cuda.is_available()
 KERNELS = [p.stem for p in Path(__file__).parents[1].glob("kernels/triton/*.py") if p.stem != "__init__"]
 
 
-def _round_to_bfloat16(numpy, interpreter):
-    """The interpreter truncates float32 to bfloat16 (triton 3.6 to 3.9); the hardware rounds, and so must the tests."""
+def _round_as_hardware(numpy, interpreter):
+    """The interpreter truncates float32 to bfloat16 and E4M3 (triton 3.6 to 3.9); the hardware rounds, as tests must."""
     truncating = interpreter._convert_float
 
     def convert(data, source, target, rounding_mode):
+        given = torch.from_numpy(numpy.ascontiguousarray(data))
         if str(source) == "fp32" and str(target) == "bf16":
-            rounded = torch.from_numpy(numpy.ascontiguousarray(data)).to(torch.bfloat16)
-            return rounded.view(torch.int16).numpy().view(numpy.uint16).reshape(data.shape)
+            return given.to(torch.bfloat16).view(torch.int16).numpy().view(numpy.uint16).reshape(data.shape)
+        if str(source) == "fp32" and str(target) == "fp8e4nv":
+            return given.to(torch.float8_e4m3fn).view(torch.uint8).numpy().reshape(data.shape)
         return truncating(data, source, target, rounding_mode)
 
     interpreter._convert_float = convert
 
 
-def _multiply_bfloat16(numpy, interpreter):
-    """The interpreter's tl.dot multiplies the bits of bfloat16 operands as integers; here they are widened first."""
+def _multiply_narrow(numpy, interpreter):
+    """The interpreter's tl.dot multiplies bits of bfloat16 as integers, and E4M3 in float16: here they are widened first."""
     integers = interpreter.InterpreterBuilder.create_dot
 
     def widened(t):
+        if str(t.dtype.scalar) == "fp8e4nv":
+            values = torch.from_numpy(numpy.ascontiguousarray(t.data)).view(torch.float8_e4m3fn).float().numpy()
+            return interpreter.TensorHandle(values, interpreter.tl.float32)
         if str(t.dtype.scalar) != "bf16":
             return t
         values = (t.data.astype(numpy.uint32) << 16).view(numpy.float32)
@@ -57,8 +62,8 @@ def _interpret():
         import triton.experimental.gluon  # else imported at the first launch, with the variable gone
         from triton.runtime import interpreter
 
-        _round_to_bfloat16(numpy, interpreter)
-        _multiply_bfloat16(numpy, interpreter)
+        _round_as_hardware(numpy, interpreter)
+        _multiply_narrow(numpy, interpreter)
         for name in (*(f"fastdiff.kernels.{name}" for name in KERNELS), "edge_kernel"):
             importlib.import_module(name)
     except ImportError as error:

@@ -21,9 +21,8 @@ OPS = (
     "group_norm_attention",
     "resample",
     "embedding",
+    "conv3x3",
 )
-# Composed of other ops on GPUs so far: no Triton kernel.
-COMPOSED = ("conv3x3",)
 
 
 def load(name):
@@ -136,15 +135,10 @@ def test_instruction_set_can_be_lowered_and_is_validated():
     assert "FASTDIFF_ISA: 'avx9' is not known" in run("avx9").stderr
 
 
-@pytest.mark.parametrize("op", (*OPS, *COMPOSED))
+@pytest.mark.parametrize("op", OPS)
 @pytest.mark.parametrize("place", PLACES)
 def test_one_op_one_word(op, place):
-    if op in COMPOSED and "triton" in place:
-        from fastdiff.ops import _register
-
-        assert _register.serving(op, "cuda") == "composed", f"{op} has a kernel: move it to OPS"
-    else:
-        assert (ROOT / place.format(op)).is_file()
+    assert (ROOT / place.format(op)).is_file()
 
 
 def test_torch_headers_only_where_the_bridge_is():

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastdiff.compile.choose import choose
+from fastdiff.compile.choose import choose, eight_bits
 from fastdiff.compile.fits import obstacle
 from fastdiff.compile.program import Program
 from fastdiff.compile.spill import Spill
@@ -90,7 +90,8 @@ def compile(
         nfe: evaluations of a plan whose time embeddings are computed now rather than at the first call; `options` as in
             `fastdiff.sample` (sampler=, times=, ...). Unconditional models alone have such.
         quality: "lossless": float32, error at most 2e-5 of the network's output. "high": bfloat16 products with float32
-            sums, error at most twice that of a plain bfloat16 network. "fast": what "high" is; no more is opted into today.
+            sums, error at most twice that of a plain bfloat16 network. "fast": on GPUs of compute capability 8.9 and later
+            3x3 convolutions of eight bits (E4M3), with some ten times bfloat16's error; elsewhere what "high" is.
         size: (H, W) of the images; the model's own by default.
 
     Returns: a `Compiled` model, or `model`. Of a network of more than 32 MB it holds the weights in a nameless file of the
@@ -113,7 +114,9 @@ def compile(
     spill = Spill(model.network)
     network = spill.network(model.network)
     size = size or model.shape[1:] if model.shape else size
-    program = program_of(network, QUALITIES[quality], batch, size, spill=spill)
+    dtype = QUALITIES[quality]
+    fast = quality == "fast" and eight_bits(dtype, model.device)
+    program = program_of(network, dtype, batch, size, spill=spill, fast=fast)
     if nfe is not None:
         plan = make_plan(model, nfe, **options)
         program.tabulate([float(plan.prediction.coefficients(plan.schedule, t).c_noise) for t in plan.times])
@@ -129,12 +132,16 @@ def program_of(
     choices: Mapping[str, str] | None = None,
     packed: Mapping[str, Tensor] | None = None,
     spill: Spill | None = None,
+    fast: bool = False,
 ) -> Program:
-    """The network's program, its algorithms as given or measured; weights that are packed now go where `spill` says."""
+    """The network's program, its algorithms as given or measured; weights that are packed now go where `spill` says.
+
+    fast: with convolutions of eight bits, which must be served here.
+    """
     resolution = network.config.resolution
     height, width = size or (resolution, resolution)
     program = Program(network, dtype, (height, width))
     spill = spill or Spill(network)
-    choose(program, batch, choices, packed, spill.put)
+    choose(program, batch, choices, packed, spill.put, fast)
     program.where = spill.finish()
     return program

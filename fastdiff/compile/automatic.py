@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import functools
 import threading
 from collections import OrderedDict
 from collections.abc import Callable
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fastdiff.compile import Compiled, program_of
-from fastdiff.compile.choose import choose, layers
+from fastdiff.compile.choose import EIGHT_BITS, choose, eight_bits, layers
 from fastdiff.compile.fits import REFERENCE, Fingerprint, obstacle, say_once
 from fastdiff.compile.graph import CudaGraphs, Graphs
 from fastdiff.compile.measured import choices
@@ -31,6 +32,7 @@ TRIALS = 0.6  # of the time of BATCH images
 SECONDS_PER_WEIGHT = 2.5e-8  # to pack
 # A light network's program is made at the first call, by algorithms that are not measured: that takes some 20 ms.
 WIDE = 64  # output channels, below which "winograd4_lean" has too few tasks for several threads
+ONLY = "eight bits are for programs on NVIDIA GPUs of compute capability 8.9 and later, for 64 channels at 16x16 and more"
 
 
 @dataclasses.dataclass
@@ -49,7 +51,7 @@ class Engine:
 
     def describe(self) -> str:
         owner = getattr(self.execute, "__self__", None)
-        why = owner.describe() if isinstance(owner, Graphs) else self.why
+        why = "; ".join(filter(None, (owner.describe() if isinstance(owner, Graphs) else "", self.why)))
         return f"{self.name}: {why}" if why else self.name
 
 
@@ -92,11 +94,21 @@ def kept(model: Model) -> Kept:
     return vars(model).setdefault("_kept", Kept())
 
 
-def engine(model: Model, network: Any, dtype: torch.dtype, compile: str, evaluations: int) -> Engine:
+def engine(model: Model, network: Any, dtype: torch.dtype, compile: str, evaluations: int, quality: str = "") -> Engine:
     """What computes `network`, the model's on its device: as `compile` says, or where that is "auto" what pays.
 
-    evaluations: images times network calls for each.
+    evaluations: images times network calls for each. quality: "fast" asks for convolutions of eight bits, which programs
+    alone have; where there are none that is said.
     """
+    fast = quality == "fast" and type(network) is UNet and eight_bits(dtype, _device(network))
+    found = _engine(model, network, dtype, compile, evaluations, fast)
+    asked = model.quality if isinstance(model, Compiled) else quality
+    if asked != "fast" or (isinstance(found.call, Program) and EIGHT_BITS in found.call.algorithms.values()):
+        return found
+    return dataclasses.replace(found, why="; ".join(filter(None, (found.why, f"quality 'fast' is 'high' here: {ONLY}"))))
+
+
+def _engine(model: Model, network: Any, dtype: torch.dtype, compile: str, evaluations: int, fast: bool) -> Engine:
     if isinstance(model, Compiled):
         return _captured(model, model.original, model.device, network)
     if compile == "off":
@@ -113,17 +125,17 @@ def engine(model: Model, network: Any, dtype: torch.dtype, compile: str, evaluat
             say_once(f"sample: no program can be made, and the network is slow: {reason}; `fastdiff info` shows each op")
         return Engine(network, "network", reason)
     where = _device(network)
-    key, store = ("fast", str(where), dtype), kept(model)
+    key, store = ("fast", str(where), EIGHT_BITS if fast else dtype), kept(model)
     program = store.find(key, network)
     if program is None:
         # of a light network it costs so little that the first image is to have it, and with it the bits of all later ones
         light = dtype == torch.float32 and is_light(network)
-        if compile == "auto" and not light:
+        if compile == "auto" and not light and not fast:
             reason = _too_little(model, network, where, dtype, evaluations)
             if reason:
                 return Engine(network, "network", reason)
         size = model.shape[1:] if model.shape else None
-        make = _unmeasured if light else program_of
+        make = _unmeasured if light else functools.partial(program_of, fast=fast)
         program = store.get(key, network, lambda: make(network, dtype, BATCH, size))
     return _captured(model, network, where, program)
 

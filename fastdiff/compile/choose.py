@@ -3,6 +3,8 @@
 Never by the batch of a call: an image is to have the same bits in every batch. Choices are kept (`measured`), so that later
 programs on the same machine agree with the first; where they are not, two compilations may choose differently between
 algorithms that are about as fast, and then differ by rounding. A saved program keeps its choices.
+
+Eight bits are never measured against others, whose errors are smaller: `quality="fast"` alone asks for them, by a rule.
 """
 
 import dataclasses
@@ -26,6 +28,25 @@ MARGIN = 0.95  # a candidate must take less than this of the time of those befor
 # dtype -> algorithms beside the library's, in the order of preference at equal speed: the one with fewer weights first. Each
 # keeps its class of error: float32 1e-6 a layer; bfloat16 at most twice plain bfloat16's.
 CANDIDATES = {torch.float32: ("winograd4_lean", "winograd4"), torch.bfloat16: ("winograd2",)}
+
+EIGHT_BITS = "fp8"
+SIDE, CHANNELS = 16, 64  # least of a layer whose products are expected to outweigh the rest of it; not measured
+
+
+def eight_bits(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether there are convolutions of eight bits for programs of this type here: quality="fast" is more than "high"."""
+    return EIGHT_BITS in ops.conv3x3_algorithms(dtype, device)
+
+
+def takes_eight_bits(step: Conv3x3, program: Program) -> bool:
+    """Whether quality="fast" rounds this layer's operands to eight bits.
+
+    A norm is in front, which tells the scale without data; the first and last convolution, which make or meet pixels, and
+    all of 1x1 stay as they are.
+    """
+    if step.norm is None or step.name in ("conv_in", "conv_out") or min(program.sizes[step.name]) < SIDE:
+        return False
+    return all(channels >= CHANNELS and channels % 16 == 0 for channels in step.weight.shape[:2])  # 16: wide accesses
 
 
 def candidates(step: Conv3x3, dtype: torch.dtype) -> list[str]:
@@ -52,7 +73,9 @@ def bind(
             got = f"{packed.dtype} {tuple(packed.shape)}"
             raise ValueError(f"packed weights of {step.name}: {got}, not {wanted.dtype} {tuple(wanted.shape)}")
         if packed is None:
-            packed = ops.conv3x3_pack(weight, algorithm)
+            n = step.norm
+            norm = ops.Norm(n.weight, n.bias, n.groups) if algorithm == EIGHT_BITS and n is not None else None
+            packed = ops.conv3x3_pack(weight, algorithm, norm=norm)
             packed = packed if keep is None else keep(packed)
         step.packed = packed
     # Of the weight only the shape is read from here on.
@@ -66,15 +89,18 @@ def choose(
     given: Mapping[str, str] | None = None,
     packed: Mapping[str, Tensor] | None = None,
     keep: Callable[[Tensor], Tensor] | None = None,
+    fast: bool = False,
 ) -> None:
     """Bind every convolution, to `given`'s algorithms with `packed`'s weights, or to the fastest at `batch` images here.
 
-    keep: where weights that are packed now go.
+    keep: where weights that are packed now go. fast: eight bits where a layer takes them, whatever is given.
     """
     known, elsewhere = choices(program.dtype, batch), None
     for step in program.convolutions:
         names = candidates(step, program.dtype)
-        if given is not None and given.get(step.name) in names:
+        if fast and takes_eight_bits(step, program):
+            chosen = EIGHT_BITS
+        elif given is not None and given.get(step.name) in names:
             chosen = given[step.name]
         elif len(names) == 1:
             chosen = names[0]

@@ -19,6 +19,7 @@ from fastdiff import checkpoints, ops
 from fastdiff.atomic import atomically
 from fastdiff.checkpoints.stored import DTYPES, safetensors
 from fastdiff.compile import Compiled, program_of
+from fastdiff.compile.choose import eight_bits
 from fastdiff.compile.fits import obstacle
 from fastdiff.compile.spill import give_back
 from fastdiff.model import READERS, Model
@@ -107,7 +108,8 @@ def read(path: Path, description: dict[str, Any], fields: dict[str, Any], device
     if reason is not None:
         warnings.warn(f"model: the program in {path} cannot run, its network does instead: {reason}", stacklevel=4)
         return Model(network.to(memory_format=torch.channels_last), **fields)  # it runs, and was mapped as in the file
-    program = program_of(network, dtype, 1, size, algorithms, packed)
+    fast = about["quality"] == "fast" and eight_bits(dtype, torch.device(device))
+    program = program_of(network, dtype, 1, size, algorithms, packed, fast=fast)
     program.tabulate(about["times"])
     give_back([area])  # what packing by the library has read
     return Compiled(program, **fields, original=network, quality=about["quality"])

@@ -1,17 +1,22 @@
 """The weights of conv3x3 as its algorithms want them: Winograd's F(m, 3), result = A^T [(G g) (B^T d)] in each dimension.
 
-By m + 1 finite points and infinity. csrc/cpu has A and B of the same points.
+By m + 1 finite points and infinity. csrc/cpu has A and B of the same points. "fp8" has a file of its own.
 """
 
 import torch
 from torch.nn import functional
 
-from fastdiff.ops import _register
+from fastdiff.ops import _fp8, _register
 
-ALGORITHMS = ("direct", "winograd4", "winograd4_lean", "winograd2")
+ALGORITHMS = ("direct", "winograd4", "winograd4_lean", "winograd2", "fp8")
 _FOUR = (0.0, 0.5**0.5, -(0.5**0.5), 2**0.5, -(2**0.5))
 POINTS = {"winograd4": _FOUR, "winograd4_lean": _FOUR, "winograd2": (0.0, 1.0, -1.0)}
-OPERAND = {"winograd4": torch.float32, "winograd4_lean": torch.float32, "winograd2": torch.bfloat16}
+OPERAND = {
+    "winograd4": torch.float32,
+    "winograd4_lean": torch.float32,
+    "winograd2": torch.bfloat16,
+    "fp8": torch.float8_e4m3fn,
+}
 BLOCK = {"winograd4": 64, "winograd4_lean": 16, "winograd2": 64}  # output channels next to each other
 PACKING = 2  # of what `_pack` makes: raised when that changes, so that programs saved before are packed again
 UNIT = 16  # what the output channels of the last block are a multiple of
@@ -29,8 +34,10 @@ def _kept(algorithm):
     return at_points(POINTS[algorithm])
 
 
-def packed_shape(weight: torch.Tensor, algorithm: str) -> tuple[int, int, int]:
+def packed_shape(weight: torch.Tensor, algorithm: str) -> tuple[int, ...]:
     """[values kept of a filter, I, O]; I is even for bfloat16, whose products take two input channels at once."""
+    if algorithm == "fp8":
+        return _fp8.packed_shape(weight)
     values, step = {"winograd4": (36, 1), "winograd4_lean": (9, 1), "winograd2": (16, 2)}[algorithm]
     return values, -(-weight.shape[1] // step) * step, -(-weight.shape[0] // UNIT) * UNIT
 
@@ -41,7 +48,7 @@ def check_algorithm(algorithm: str) -> None:
 
 
 def _pack(weight, algorithm, transposed):
-    """direct: as it is. Winograd: blocks of output channels, one after the other, padded with zeros, rounded once.
+    """direct: as it is. fp8: see there. Winograd: blocks of output channels, padded with zeros, rounded once.
 
     winograd4, winograd2: [values, I / step, BLOCK, step]. winograd4_lean: [I, values, BLOCK].
     """
@@ -49,6 +56,8 @@ def _pack(weight, algorithm, transposed):
     weight = weight.transpose(0, 1).flip(2, 3) if transposed else weight
     if algorithm == "direct":
         return weight.clone(memory_format=torch.contiguous_format)
+    if algorithm == "fp8":
+        return _fp8.pack(weight)
     values, inputs, outputs = packed_shape(weight, algorithm)
     step, size = 2 if algorithm == "winograd2" else 1, BLOCK[algorithm]
     kept = _kept(algorithm).to(weight.device)

@@ -5,7 +5,8 @@
     y = (z + residual) out_scale
     stats[n, g] = mean and biased variance of y over the channels of group g and all pixels
 
-h is 0 outside the image: the padding follows the norm. h is rounded to x's dtype, sums are float32 or better.
+h is 0 outside the image: the padding follows the norm. h is rounded to x's dtype, for "fp8" to eight bits instead; sums are
+float32 or better.
 """
 
 from typing import NamedTuple
@@ -13,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch.nn import functional
 
-from fastdiff.ops import _register
+from fastdiff.ops import _fp8, _register
 from fastdiff.ops._layout import image
 from fastdiff.ops._winograd import ALGORITHMS, OPERAND, check_algorithm, packed_shape
 from fastdiff.ops.conv3x3_weight_gradient import conv3x3_weight_gradient
@@ -56,14 +57,14 @@ def _convolve(h, weight, bias=None):
 
 def _finish(h, x, weight, bias, residual, out_scale, stats_groups, packed, algorithm):
     """(y, stats): everything behind the norm."""
-    if algorithm != "direct":
+    if algorithm not in ("direct", "fp8"):
         raise ValueError(f"algorithm: {algorithm!r} has no kernel for {x.dtype} on {x.device} here; use direct")
     weight = weight if packed is None else packed
-    per_sample = bias is not None and bias.dim() == 2
-    y = _convolve(h, weight, None if per_sample else bias)
-    if per_sample or residual is not None or out_scale != 1:
+    later = bias is not None and (bias.dim() == 2 or algorithm == "fp8")
+    y = _fp8.convolve(h, weight) if algorithm == "fp8" else _convolve(h, weight, None if later else bias)
+    if later or residual is not None or out_scale != 1 or y.dtype != x.dtype:
         v = _wide(y)
-        v = v + _over_pixels(bias) if per_sample else v
+        v = v + _over_pixels(bias) if later else v
         v = v if residual is None else v + _wide(residual)
         y = (v * out_scale).to(x.dtype)
     like = image(x, *y.shape[1:])
@@ -82,9 +83,13 @@ def _with(normalise):
         x, weight, bias, norm_weight, norm_bias, groups, eps, add, scale, shift, stats, silu,
         residual, out_scale, stats_groups, packed, algorithm,
     ):  # fmt: skip
-        h, of_x = x, _empty_stats(x, 0)
+        algorithm = algorithm if x.numel() else "direct"
+        if algorithm == "fp8" and (norm_weight is None or packed is None):
+            raise ValueError("algorithm: 'fp8' needs a norm, which says how large h is, and packed weights; use direct")
+        h, of_x = _wide(x) if algorithm == "fp8" else x, _empty_stats(x, 0)
+        packed = packed if x.numel() else None
         if norm_weight is not None:
-            h, of_x = normalise(x, norm_weight, norm_bias, groups, eps, add, scale, shift, stats, silu)
+            h, of_x = normalise(h, norm_weight, norm_bias, groups, eps, add, scale, shift, stats, silu)
         return *_finish(h, x, weight, bias, residual, out_scale, stats_groups, packed, algorithm), of_x
 
     return run
@@ -95,6 +100,7 @@ def _served_norm(*args):
 
 
 reference = _with(norm_reference)
+composed = _with(_served_norm)
 
 
 def _fake(
@@ -113,7 +119,7 @@ _register.define(
     reference,
     _fake,
 )
-_register.compose("conv3x3", _with(_served_norm))
+_register.compose("conv3x3", composed)
 
 # Positions of the arguments that may be absent, in the order in which they are saved.
 _OPTIONAL = {"bias": 2, "norm_weight": 3, "norm_bias": 4, "add": 7, "scale": 8, "shift": 9, "residual": 12}
@@ -236,9 +242,10 @@ def conv3x3(
             made in every call, which costs more than it saves, but for "winograd4_lean": training packs its weights so.
         algorithm: "direct", or one of those that `conv3x3_algorithms(x.dtype, x.device)` names. "winograd4": F(4x4, 3x3),
             products in float32. "winograd4_lean": the same with weights that are transformed while they are used, which
-            take a quarter of the memory and of its bandwidth. "winograd2": F(2x2, 3x3), products of bfloat16. Named by the
-            caller, who keeps it: it does not depend on the batch. By Winograd's, y depends on neither batch nor threads, to
-            the bit.
+            take a quarter of the memory and of its bandwidth. "winograd2": F(2x2, 3x3), products of bfloat16. "fp8": h and
+            the weights rounded to eight bits (E4M3), for GPUs; a norm is needed, and the error is some twenty times that of
+            bfloat16. Named by the caller, who keeps it: it does not depend on the batch. By Winograd's, y depends on neither
+            batch nor threads, to the bit.
 
     Returns: (y, stats). y is like x with O channels. stats is None without stats_groups, else float32 (float64 for float64)
         mean and biased variance of y for `group_norm_silu(y, ..., stats=stats)`, taken before or after y is rounded to its
@@ -247,9 +254,10 @@ def conv3x3(
 
     Raises: TypeError, ValueError naming argument, value and remedy.
 
-    "direct" is served by what `fastdiff info` calls "composed": group_norm_silu by its kernel, PyTorch's convolution, the
-    rest elementwise. That is no silent fallback, so FASTDIFF_STRICT=1 allows it where group_norm_silu has a kernel, and
-    raises where it has none. Winograd's have a CPU kernel of their own, which does all of it: docs/conv3x3.md.
+    "direct" is composed of other ops everywhere: group_norm_silu by its kernel, PyTorch's convolution, the rest
+    elementwise. That is no silent fallback, so FASTDIFF_STRICT=1 allows it where group_norm_silu has a kernel, and
+    raises where it has none. Winograd's have a CPU kernel of their own, which does all of it, "fp8" has two for GPUs:
+    docs/conv3x3.md.
 
     Bytes moved: x, residual and packed weights read once, y written once; "direct": several passes more.
     References: Ho 2020; Song 2021 and Karras 2022 (residual scaling); Lavin and Gray 2016 (Winograd, what packing is for).
@@ -257,7 +265,7 @@ def conv3x3(
     _check(x, weight, bias, residual, stats_groups)
     if packed is not None:
         _check_tensor("packed", packed, x)
-    packed = _served(algorithm, x, weight, packed)
+    packed = _served(algorithm, x, weight, norm, packed)
     call = _twin if _register.functorch_active() else torch.ops.fastdiff.conv3x3
     first = norm or Norm(None, None, 1)  # type: ignore[arg-type]
     if norm is not None:
@@ -269,18 +277,25 @@ def conv3x3(
     return y, stats if stats_groups else None
 
 
-def conv3x3_pack(weight: torch.Tensor, algorithm: str = "direct", transposed: bool = False) -> torch.Tensor:
+def conv3x3_pack(
+    weight: torch.Tensor, algorithm: str = "direct", transposed: bool = False, norm: Norm | None = None
+) -> torch.Tensor:
     """The weights as `algorithm` wants them, on weight's device, for `conv3x3(..., packed=...)`.
 
     "direct": [O, I, 3, 3] as it is. "winograd4": float32, 4 times as many elements, and "winograd2": bfloat16, 16/9 times as
     many; both transformed in float64 and rounded once, so pack the most precise weights there are. "winograd4_lean":
-    float32, as many elements as before. Shape and content may change with any release: pack at load, store weights.
+    float32, as many elements as before. "fp8": E4M3 [O, 9 I + 16], a byte a weight and two float32 scales in each row. Shape
+    and content may change with any release: pack at load, store weights.
     transposed: the weights, [I, O, 3, 3] and turned by half a turn, of the convolution that carries dy back to dx.
+    norm: for "fp8" alone: the norm in front, whose weight and bias say how large h is; by default weights of about 1.
     """
     if weight.dim() != 4 or weight.shape[2:] != (3, 3) or not weight.is_floating_point():
         raise TypeError(f"weight: expected a floating-point tensor [O, I, 3, 3], got {weight.dtype} {tuple(weight.shape)}")
     check_algorithm(algorithm)
-    return torch.ops.fastdiff.conv3x3_pack(weight.detach(), algorithm, transposed)
+    packed = torch.ops.fastdiff.conv3x3_pack(weight.detach(), algorithm, transposed)
+    if algorithm == "fp8" and norm is not None and packed.device.type != "meta":
+        _fp8.tails(packed)[:, 1] = _fp8.factor_of(norm.weight, norm.bias)
+    return packed
 
 
 def conv3x3_algorithms(dtype: torch.dtype, device: str | torch.device = "cpu") -> tuple[str, ...]:
@@ -288,14 +303,17 @@ def conv3x3_algorithms(dtype: torch.dtype, device: str | torch.device = "cpu") -
 
     Which of them is fastest depends on the layer: measure, and keep the choice.
     """
-    if torch.device(device).type != "cpu" or _register.serving("conv3x3", "cpu") != "c++" or dtype == torch.float64:
+    device = torch.device(device)
+    if device.type == "cuda":
+        return ("direct", "fp8") if dtype in _fp8.TYPES and _fp8.served(device) else ("direct",)
+    if device.type != "cpu" or _register.serving("conv3x3", "cpu") != "c++" or dtype == torch.float64:
         return ("direct",)
     from fastdiff import _C
 
-    return ALGORITHMS if dtype == torch.bfloat16 and _C.isa() == "avx512_bf16" else ALGORITHMS[:-1]
+    return ALGORITHMS[:4] if dtype == torch.bfloat16 and _C.isa() == "avx512_bf16" else ALGORITHMS[:3]
 
 
-def _served(algorithm, x, weight, packed):
+def _served(algorithm, x, weight, norm, packed):
     """`packed` for an algorithm that is served; made here where it is absent and needed."""
     check_algorithm(algorithm)
     if algorithm == "direct":
@@ -305,8 +323,10 @@ def _served(algorithm, x, weight, packed):
     served = ALGORITHMS if torch.compiler.is_compiling() else conv3x3_algorithms(x.dtype, x.device)
     if algorithm not in served:
         raise ValueError(f"algorithm: {algorithm!r} is not served for {x.dtype} on {x.device}; use {' or '.join(served)}")
+    if algorithm == "fp8" and norm is None:
+        raise ValueError("norm: 'fp8' rounds what a norm gives, whose size is known without data; give norm=, or use direct")
     if packed is None:
-        return torch.ops.fastdiff.conv3x3_pack(weight.detach(), algorithm, False)
+        return conv3x3_pack(weight, algorithm, norm=norm)
     expected = packed_shape(weight, algorithm)
     if packed.dtype != OPERAND[algorithm] or tuple(packed.shape) != expected or not packed.is_contiguous():
         raise ValueError(

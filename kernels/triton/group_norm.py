@@ -112,6 +112,14 @@ def inverse_sigmoid(s, PRECISE: tl.constexpr):
 
 
 @triton.jit
+def rounded(r, factor, TYPE: tl.constexpr):
+    """r in the type it is stored in; for E4M3 times *factor, at most the largest such number, NaN for NaN."""
+    if TYPE.is_fp8():
+        r = tl.clamp(r * tl.load(factor), -448.0, 448.0, propagate_nan=tl.PropagateNan.ALL)
+    return r.to(TYPE)
+
+
+@triton.jit
 def reciprocal_std(var, eps):
     return tl.div_rn(1.0, tl.sqrt_rn(var + eps))
 

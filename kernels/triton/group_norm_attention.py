@@ -186,14 +186,19 @@ def statistics(x, groups):
     shape = gn.shape_of(x, groups, gn.STREAMED)
     tiles = shape.tiles_j * shape.tiles_p
     chunks = shape.chunks(tiles, shape.n * shape.tiles_g)
-    stats = x.new_empty((shape.n, groups, 2), dtype=torch.float32)
-    partial = stats.new_empty((shape.n, groups, chunks, 3))
+    partial = x.new_empty((shape.n, groups, chunks, 3), dtype=torch.float32)
     counts = (groups, shape.pixels, shape.tiles_g, shape.tiles_j, tiles, chunks)
-    grid = shape.n * shape.tiles_g
-    _partial[(grid * chunks,)](x, x, partial, *counts, *planes(x), HAS_ADD=False, **shape.options())
+    _partial[(shape.n * shape.tiles_g * chunks,)](x, x, partial, *counts, *planes(x), HAS_ADD=False, **shape.options())
+    return merged(partial, shape.block_g)
+
+
+def merged(partial, block_g=1):
+    """float32 [N, groups, 2] of partial [N, groups, chunks, 3], always in the same order."""
+    n, groups, chunks, _ = partial.shape
+    stats, tiles_g = partial.new_empty((n, groups, 2)), triton.cdiv(groups, block_g)
     merge = triton.next_power_of_2(chunks)
-    _statistics[(grid,)](
-        partial, stats, groups, shape.tiles_g, chunks, BLOCK_G=shape.block_g, MERGE=merge, num_warps=1, enable_fp_fusion=True
+    _statistics[(n * tiles_g,)](
+        partial, stats, groups, tiles_g, chunks, BLOCK_G=block_g, MERGE=merge, num_warps=1, enable_fp_fusion=True
     )
     return stats
 

@@ -16,6 +16,7 @@ from fastdiff.kernels.group_norm import (
     over_tile,
     pair_of,
     reciprocal_std,
+    rounded,
     shifted,
     store_pair,
     sum_groups,
@@ -48,6 +49,7 @@ def _whole(
     shift,
     y,  # [N, C, pixels] by strides y_*
     stats,  # float32 [N, groups, 2]
+    factor,  # float32 [1] of a y in E4M3, or None
     eps,
     groups,
     pixels,
@@ -89,7 +91,7 @@ def _whole(
     rstd = to_channels(reciprocal_std(var_g, eps), member)
     r = _finish(v, mean, rstd, gain, offset, SILU, PRECISE, LAST)
     to = n * y_n + over_tile(c * y_c, LAST) + over_pixels(p * y_p, LAST)
-    tl.store(y + to, r.to(y.dtype.element_ty), mask=inside)
+    tl.store(y + to, rounded(r, factor, y.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -171,6 +173,7 @@ def _apply(
     y,
     stats,  # written when MERGE > 0, read otherwise
     partial,
+    factor,  # as in `_whole`
     eps,
     groups,
     pixels,
@@ -218,7 +221,7 @@ def _apply(
         gain, offset = affine(weight, bias, scale, shift, c, nc, known, HAS_SCALE, HAS_SHIFT)
         r = _finish(v, to_channels(mean_g, member), to_channels(rstd_g, member), gain, offset, SILU, PRECISE, LAST)
         to = n * y_n + over_tile(c * y_c, LAST) + over_pixels(p * y_p, LAST)
-        tl.store(y + to, r.to(y.dtype.element_ty), mask=inside)
+        tl.store(y + to, rounded(r, factor, y.dtype.element_ty), mask=inside)
 
 
 def group_norm_silu(x, weight, bias, groups, eps, add, scale, shift, stats, silu):
@@ -228,10 +231,18 @@ def group_norm_silu(x, weight, bias, groups, eps, add, scale, shift, stats, silu
     if x.dtype == torch.float64 or x.numel() == 0:
         return reference(x, weight, bias, groups, eps, add, scale, shift, stats, silu)
     y = torch.empty_like(x)
-    source, result = gn.strided(x), gn.strided(y)
-    given = stats is not None
+    result = gn.strided(y)
+    stats = normalise(result, x, weight, bias, groups, eps, add, scale, shift, stats, silu)
+    if result is not y:
+        y.copy_(result)
+    return y, stats
+
+
+def normalise(y, x, weight, bias, groups, eps, add, scale, shift, stats, silu, factor=None):
+    """Write y, x's shape by strides of its own; returns the statistics. factor: float32 [1], on what E4M3 y holds."""
+    source, given = gn.strided(x), stats is not None
     if given:
-        stats = stats.clone(memory_format=torch.contiguous_format)
+        stats = stats.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
     else:
         stats = x.new_empty((x.shape[0], groups, 2), dtype=torch.float32)
     tensors = (source, weight.contiguous(), bias.contiguous(), *(gn.dense(t, source) for t in (add, scale, shift)))
@@ -241,17 +252,15 @@ def group_norm_silu(x, weight, bias, groups, eps, add, scale, shift, stats, silu
     with torch.cuda.device_of(x):
         if not given and shape.size <= gn.WHOLE:
             _whole[(shape.n * shape.tiles_g,)](
-                *tensors, result, stats, eps, groups, shape.pixels, shape.tiles_g, *planes(source), *planes(result),
+                *tensors, y, stats, factor, eps, groups, shape.pixels, shape.tiles_g, *planes(source), *planes(y),
                 **flags, **shape.options(),
             )  # fmt: skip
         else:
-            _streamed(tensors, result, stats, eps, groups, given, flags)
-    if result is not y:
-        y.copy_(result)
-    return y, stats
+            _streamed(tensors, y, stats, factor, eps, groups, given, flags)
+    return stats
 
 
-def _streamed(tensors, y, stats, eps, groups, given, flags):
+def _streamed(tensors, y, stats, factor, eps, groups, given, flags):
     x = tensors[0]
     shape = gn.shape_of(x, groups, gn.STREAMED)
     tiles = shape.tiles_j * shape.tiles_p
@@ -263,4 +272,4 @@ def _streamed(tensors, y, stats, eps, groups, given, flags):
     if not given:
         _partial[grid](x, tensors[3], partial, *counts, *planes(x), HAS_ADD=flags["HAS_ADD"], **options)
     merge = 0 if given else triton.next_power_of_2(chunks)
-    _apply[grid](*tensors, y, stats, partial, eps, *counts, *planes(x), *planes(y), MERGE=merge, **flags, **options)
+    _apply[grid](*tensors, y, stats, partial, factor, eps, *counts, *planes(x), *planes(y), MERGE=merge, **flags, **options)

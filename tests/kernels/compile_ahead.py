@@ -38,6 +38,7 @@ TYPES = {
     torch.float16: "*fp16",
     torch.int64: "*i64",
     torch.int32: "*i32",
+    torch.float8_e4m3fn: "*fp8e4nv",
     torch.uint8: "*u8",
     torch.bool: "*i1",
 }
@@ -115,7 +116,11 @@ def record(self, *args, grid, warmup=False, **kwargs):
 
 def addresses_only():
     """Results of more than 2^31 elements without memory behind them: an expanded tensor has one element."""
-    torch.Tensor.new_empty = torch.empty_like = lambda self, size=None, **_: torch.empty(1).expand(size or self.shape)
+
+    def expanded(self, size=None, dtype=None, **_):
+        return torch.empty(1, dtype=dtype or self.dtype).expand(size or self.shape)
+
+    torch.Tensor.new_empty = torch.empty_like = expanded
 
 
 def compile_all(modules):

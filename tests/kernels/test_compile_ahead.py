@@ -79,3 +79,18 @@ def test_offsets_are_64_bits(facts):
         constants = set(re.findall(r"(%\S+) = arith\.constant", f["ttir"]))
         assert moves
         assert all(width == "i64" or offset in constants for offset, width in moves), (where(f), moves)
+
+
+def test_eight_bits_go_to_the_tensor_cores(facts):
+    """As E4M3, never widened; on sm_90 every 128 products are waited for and added in float32."""
+    instruction = {90: r"wgmma\.mma_async\S*f32\.e4m3\.e4m3", 100: r"tcgen05\.mma\S*kind::f8f6f4"}
+    products = [f for f in facts if f["op"] == "conv3x3" and f["kernel"] == "_multiply"]
+    assert products
+    for f in products:
+        assert re.search(instruction[f["architecture"]], f["ptx"]) and not re.search(r"cvt\S*f16x2\.e4m3", f["ptx"]), where(
+            f
+        )
+        if f["architecture"] == 90:
+            assert re.search(r"wgmma\.mma_async(?s:.)*?wgmma\.wait_group\S* 0(?s:.)*?add\.f32", f["ptx"]), where(f)
+    rounded = [f for f in facts if f["op"] == "conv3x3" and f["kernel"] in ("_whole", "_apply") and f["case"] != "huge"]
+    assert rounded and all("cvt.rn.satfinite.e4m3x2.f32" in f["ptx"] for f in rounded)

@@ -265,7 +265,7 @@ def test_views(accurate):
 
 def test_what_serves_it_is_said():
     served = implementations()["conv3x3"]
-    assert served["cuda"].name == "composed" and "other ops" in served["cuda"].why
+    assert served["cuda"].name in ("triton", "composed")
     assert served["cpu"].name.startswith("c++") or served["cpu"].name == "composed"
     assert "conv3x3 by direct" in report()
 
