@@ -403,7 +403,8 @@ sizes = st.integers(0, 5)
 def test_anything_is_computed_or_refused(data):
     """Any shapes, strides and types: the reference's values, or an exception that names an argument; never a crash."""
     draw = data.draw
-    args = good()
+    torch.manual_seed(draw(st.integers(0, 2**31)))  # what fails once fails again
+    args = good() | {"eps": 0.1}  # of groups of almost equal elements, 1e-5 would magnify roundings 316 times
     dtypes = st.sampled_from([*DTYPES, torch.int32, torch.bool])
     c = draw(st.integers(1, 9))
     x = torch.randn([draw(sizes), c, *draw(st.lists(sizes, max_size=3))])
@@ -432,5 +433,5 @@ def test_anything_is_computed_or_refused(data):
         args["out_weight"],
     )
     truth = module.reference(*double([args["x"], *full, args["out_bias"], heads, (e / heads) ** -0.5, 1.0, None]))[0]
-    close = {torch.bfloat16: 0.2, torch.float16: 0.03}.get(args["x"].dtype, 1e-2)  # of groups of one element, rstd is 316
+    close = {torch.bfloat16: 0.2, torch.float16: 0.03}.get(args["x"].dtype, 1e-3)
     torch.testing.assert_close(y.double(), truth, rtol=close, atol=close, equal_nan=True)
