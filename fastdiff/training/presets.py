@@ -69,8 +69,9 @@ PRESETS: dict[str, TrainConfig] = {
     "mnist-ve": _with(_mnist, loss="sde", schedule=VE(), prediction=Prediction("ve")),
     "mnist-edm": _mnist,
     "mnist-flow": _with(_mnist, loss="flow", schedule=Flow(), prediction=FLOW),
-    "mnist-ct": _with(_mnist_cm, loss="ct"),
-    "mnist-ct-perceptual": _with(_mnist_cm, loss="ct", options={"metric": "classifier"}),
+    # Minutes, not days: what the network knows has few levels to cross, and no target lags behind.
+    "mnist-ct": _with(_mnist_cm, loss="ct", options={"s1": 18, "mu0": 0.0}),
+    "mnist-ct-perceptual": _with(_mnist_cm, loss="ct", options={"metric": "classifier", "s1": 18, "mu0": 0.0}),
     "mnist-ict": _with(_mnist_cm, loss="ict", options={"s1": 160}),
     "mnist-cd-l2": _mnist_cd,
     "mnist-cd-huber": _with(_mnist_cd, options={"metric": "huber"}),
