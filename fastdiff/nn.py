@@ -13,7 +13,8 @@ from fastdiff import ops
 ONEDNN = torch.backends.mkldnn.is_available()
 TRAINING = "winograd4_lean"  # of `ops.conv3x3`: the one whose weights are packed in moments
 SERVED = TRAINING in ops.conv3x3_algorithms(torch.float32)  # a constant of the process: compilers cannot trace the question
-MATRIX_UNIT = bool(torch.cpu._is_amx_tile_supported())  # multiplies bfloat16 8 times as fast as float32, others twice
+# Of AMX, which multiplies bfloat16 8 times as fast as float32, others twice. Not every build of PyTorch can be asked.
+MATRIX_UNIT = bool(getattr(torch._C._cpu, "_is_amx_tile_supported", bool)())
 PIXELS = 512  # of a batch, below which transforming the weights takes longer than products of bfloat16 do
 WIDE = 32  # channels, below which it gains nothing
 ROWS = 16  # matrices in `Linear` get whole multiples of so many rows, see _order_matters
