@@ -32,25 +32,34 @@ Winograd winograd_of(const std::string& algorithm, const Tensor& x) {
     STD_TORCH_CHECK(x.scalar_type() != ScalarType::Double, "algorithm: ", algorithm, " sums in float32, x is float64; use direct");
     return algorithm == "winograd4" ? Winograd::f4 : Winograd::f4_lean;
   }
-  STD_TORCH_CHECK(algorithm == "winograd2", "algorithm: ", algorithm,
-                  " is not known; use direct, winograd4, winograd4_lean or winograd2");
-  STD_TORCH_CHECK(x.scalar_type() == ScalarType::BFloat16, "algorithm: winograd2 takes bfloat16 alone; use winograd4 or direct");
+  const bool integers = algorithm == "winograd4_int16";
+  STD_TORCH_CHECK(integers || algorithm == "winograd2", "algorithm: ", algorithm,
+                  " is not known; use direct, winograd4, winograd4_lean, winograd4_int16 or winograd2");
+  STD_TORCH_CHECK(x.scalar_type() == ScalarType::BFloat16, "algorithm: ", algorithm,
+                  " takes bfloat16 alone; use winograd4 or direct");
+  STD_TORCH_CHECK(!integers || isa.load() >= 1, "algorithm: winograd4_int16 needs AVX2, the instruction set in use is ",
+                  kIsaNames[isa.load()], "; use winograd4 or direct");
+  if (integers) return Winograd::f4_int16;
   STD_TORCH_CHECK(isa.load() == 3, "algorithm: winograd2 needs AVX512-BF16, the instruction set in use is ",
                   kIsaNames[isa.load()], "; use winograd4 or direct");
   return Winograd::f2;
 }
 
-// [values of a filter, I, O], I and O rounded up, in the order that the kernel reads.
+// [values of a filter, I, O], I and O rounded up, in the order that the kernel reads; for integers all in one row, and a float
+// for each O and each I behind them.
 void check_packed(const std::optional<Tensor>& packed, const std::string& name, Winograd algorithm, int64_t inputs,
                   int64_t outputs) {
   STD_TORCH_CHECK(packed, "packed: needed by Winograd's algorithms; conv3x3_pack(weight, algorithm) makes it");
   check_cpu(*packed, "packed");
-  const bool four = algorithm != Winograd::f2;
-  const int64_t expected[] = {four ? algorithm == Winograd::f4 ? 36 : 9 : 16, four ? inputs : (inputs + 1) / 2 * 2, (outputs + kUnit - 1) / kUnit * kUnit};
-  bool fits = packed->dim() == 3 && packed->scalar_type() == (four ? ScalarType::Float : ScalarType::BFloat16);
-  for (int64_t i = 0; fits && i < 3; ++i) fits = packed->size(i) == expected[i];
-  STD_TORCH_CHECK(fits && packed->is_contiguous(), "packed: is not this weight's by ", name,
-                  ", which is contiguous ", four ? "float32 [" : "bfloat16 [", expected[0], ", ", expected[1], ", ",
+  const bool integers = algorithm == Winograd::f4_int16, pairs = integers || algorithm == Winograd::f2;
+  const int64_t values = algorithm == Winograd::f2 ? 16 : algorithm == Winograd::f4_lean ? 9 : 36;
+  const int64_t i = pairs ? (inputs + 1) / 2 * 2 : inputs, o = (outputs + kUnit - 1) / kUnit * kUnit;
+  const int64_t expected[] = {integers ? 1 : values, integers ? 1 : i, integers ? values * i * o + 2 * (i + o) : o};
+  const ScalarType type = integers ? ScalarType::Short : pairs ? ScalarType::BFloat16 : ScalarType::Float;
+  bool fits = packed->dim() == 3 && packed->scalar_type() == type;
+  for (int64_t d = 0; fits && d < 3; ++d) fits = packed->size(d) == expected[d];
+  STD_TORCH_CHECK(fits && packed->is_contiguous(), "packed: is not this weight's by ", name, ", which is contiguous ",
+                  integers ? "int16 [" : pairs ? "bfloat16 [" : "float32 [", expected[0], ", ", expected[1], ", ",
                   expected[2], "]; pack it again");
 }
 

@@ -48,13 +48,15 @@ template <class T, class Scheme_, class Op_> struct Winning : Results<T, Scheme_
   typedef Results<T, Scheme_, Op_> Base;
   using typename Base::Op, typename Base::Scheme, typename Base::Stored;
   using Base::Base, Base::kIn, Base::kOut, Base::kPoints, Base::a, Base::rows, Base::cols, Base::width, Base::words;
-  using Base::wide_o, Base::plane, Base::v, Base::tables, Base::moments;
+  using Base::wide_o, Base::plane, Base::v, Base::tables, Base::moments, Base::kChannels;
 
   // One point's m [tiles, block] += V [tiles, depth] u [depth, block] from word k on; fetches `size` floats from `ahead` on.
   void product(int p, int64_t tile, int64_t tiles, const float* u, int64_t block, int64_t k, int64_t depth, float* m,
                const float* ahead, int64_t size) const {
-    const int64_t runs = parts(tiles, Op::kRows), row = width / Op::step, calls = runs * parts(block, Op::kVectors * W);
-    const auto* from = reinterpret_cast<const float*>(v + p * plane + tile * width) + k;
+    const int64_t row = (Op::kScaled ? kShared : width) / Op::step, runs = parts(tiles, Op::kRows);
+    const int64_t calls = runs * parts(block, Op::kVectors * W);
+    const auto* from = reinterpret_cast<const float*>(this->place(p / kIn, tile, k * Op::step) + p % kIn * plane);
+    const float* scale = Op::kScaled ? this->scales(k * Op::step, p / kIn, tile) : nullptr;
     int64_t call = 0;
     const int64_t want = parts(size, calls * depth), stride = least(want, kLine);
     for (int64_t o = 0; o < block; o += Op::kVectors * W) {
@@ -62,7 +64,7 @@ template <class T, class Scheme_, class Op_> struct Winning : Results<T, Scheme_
       for (int64_t i = 0; i < runs; ++i, ++call) {
         const int64_t t = i * tiles / runs, count = (i + 1) * tiles / runs - t;
         multiply_of<Op>(static_cast<int>(count), vectors)(from + t * row, row, u + o, block, depth, m + t * block + o, block,
-                                                          k > 0, ahead + call * depth * stride, stride);
+                                                          k > 0, scale + t, ahead + call * depth * stride, stride);
       }
     }
   }
@@ -75,9 +77,10 @@ template <class T, class Scheme_, class Op_> struct Winning : Results<T, Scheme_
   // m [kPoints, tiles, block] = V of `tiles` tiles from number `tile` on, times a block of weights.
   void products(int64_t tile, int64_t tiles, int64_t first_o, int64_t block, float* m, int64_t m_plane) const {
     const float* panel = static_cast<const float*>(a.packed) + kPoints * words * first_o;
+    constexpr int64_t deep = Op::kScaled ? kShared / Op::step : kDepth;
     for (int p = 0; p < kPoints; ++p)
-      for (int64_t k = 0; k < words; k += kDepth) {
-        const int64_t depth = least(kDepth, words - k);
+      for (int64_t k = 0; k < words; k += deep) {
+        const int64_t depth = least(deep, words - k);
         product(p, tile, tiles, panel, block, k, depth, m + p * m_plane, panel + depth * block, depth * block);
         panel += depth * block;
       }
@@ -182,7 +185,7 @@ template <class T, class Scheme_, class Op_> struct Winning : Results<T, Scheme_
 
   void run() {
     const int64_t n = a.norm.n;
-    const int64_t v_bytes = aligned(kPoints * plane * sizeof(Stored));
+    const int64_t v_bytes = this->v_bytes();
     const int64_t table_bytes = n * ChannelTable<float>::bytes(a.norm.c);
     const int64_t moment_bytes = a.stats_groups ? n * rows * 2 * wide_o * 4 : 0;
     char* memory = kept_memory(0, v_bytes + table_bytes + moment_bytes);
@@ -217,6 +220,9 @@ template <class T, class Scheme_, class Op_> struct Winning : Results<T, Scheme_
 template <class T> void run_winograd(const Conv3x3& a, Winograd algorithm) {
   if constexpr (std::is_same_v<T, double>) return;
   else {
+#if FASTDIFF_LEVEL >= 1
+    if (algorithm == Winograd::f4_int16) return Winning<T, FourOf<true>, Shorts>(a).run();
+#endif
 #if FASTDIFF_LEVEL >= 3
     if (algorithm == Winograd::f2) return Winning<T, Two, Pairs>(a).run();
 #endif

@@ -3,8 +3,8 @@
 
 namespace fastdiff {
 
-// float32 F(4x4, 3x3) with transformed weights, or with the filters themselves; bfloat16 F(2x2, 3x3).
-enum class Winograd { f4, f4_lean, f2 };
+// float32 F(4x4, 3x3) with transformed weights, or with the filters themselves; of 16-bit integers; bfloat16 F(2x2, 3x3).
+enum class Winograd { f4, f4_lean, f4_int16, f2 };
 
 // Channels-last throughout: x, y and residual have channels next to each other and pixels x.s, y.s, residual.s apart.
 // Parameters are float, null where absent. Packed weights: fastdiff/ops/conv3x3.py says how.

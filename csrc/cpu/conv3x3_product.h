@@ -2,18 +2,20 @@
 // channels. Include inside a kernel file, after simd.h. A sum's order depends on its length alone.
 
 constexpr int64_t kDepth = 256;  // words summed in registers: a panel of so many rows stays in L2
+constexpr int64_t kShared = 64;  // channels that share the scale of their integers, for each row of tiles and of points
 constexpr int64_t kSome = 64;    // words of which filters are evaluated together, see Evaluated
 constexpr int64_t kLine = 16;    // floats of a cache line
 constexpr int kLanes = 4;        // neighbouring channels in the V of multiply_filters
 
 // Of V: matrices [tiles, channels]; what multiply_filters reads; [channels / W, tiles, kIn, W] for each row of points.
-enum class Order { matrices, groups, columns };
+enum class Order { matrices, groups, columns, chunks };
 
 // A word is a float, or two neighbouring bfloat16 of the summed dimension. A kernel's sums take kRows x kVectors registers.
 struct Floats {
   typedef float Stored;
   static constexpr Order kOrder = Order::matrices;
-  static constexpr bool kFilters = false, kEvaluates = false;
+  typedef vf Sum;
+  static constexpr bool kFilters = false, kEvaluates = false, kScaled = false;
   static constexpr int64_t kBlock = 64;  // output channels of a block of packed weights; the last one is a multiple of kUnit
   static constexpr int step = 1, kGroup = 1;
 #if FASTDIFF_LEVEL >= 2
@@ -30,7 +32,8 @@ struct Floats {
 struct Pairs {
   typedef bfloat16 Stored;
   static constexpr Order kOrder = Order::matrices;
-  static constexpr bool kFilters = false, kEvaluates = false;
+  typedef vf Sum;
+  static constexpr bool kFilters = false, kEvaluates = false, kScaled = false;
   static constexpr int64_t kBlock = 64;
   static constexpr int step = 2, kGroup = 1, kRows = 6, kVectors = 4;
   static FD_INLINE vf multiply_add(vf a, vf b, vf sum) {
@@ -39,19 +42,54 @@ struct Pairs {
   static FD_INLINE void keep(bfloat16* p, vf v, int64_t) { store(p, v); }
 };
 #endif
+#if FASTDIFF_LEVEL >= 1
+// Two neighbouring 16-bit integers: values of U over a unit of the output channel's, of V over one of kShared channels of a
+// tile's row of points. The sum of these channels is exact: |V| is below 2^14, and |U| sums to less than 2^17 (_winograd.py).
+struct Shorts : Floats {
+  typedef int16_t Stored;
+  typedef vi Sum;
+  static constexpr Order kOrder = Order::chunks;
+  static constexpr bool kScaled = true;
+  static constexpr int step = 2;
+  static constexpr float kLargest = 16380;  // of V; what is left of 2^14 is for float's roundings
+  static FD_INLINE vi multiply_add(vf a, vf b, vi sum) {
+#if FASTDIFF_LEVEL >= 3
+    return reinterpret_cast<vi>(_mm512_dpwssd_epi32(reinterpret_cast<__m512i>(sum), reinterpret_cast<__m512i>(a),
+                                                    reinterpret_cast<__m512i>(b)));
+#elif FASTDIFF_LEVEL == 2
+    return sum + reinterpret_cast<vi>(_mm512_madd_epi16(reinterpret_cast<__m512i>(a), reinterpret_cast<__m512i>(b)));
+#else
+    return sum + reinterpret_cast<vi>(_mm256_madd_epi16(reinterpret_cast<__m256i>(a), reinterpret_cast<__m256i>(b)));
+#endif
+  }
+  static FD_INLINE void keep(int16_t* p, vf v, int64_t) {
+#if FASTDIFF_LEVEL >= 2
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtsepi32_epi16(_mm512_cvtps_epi32(v)));
+#else
+    const __m256i i = _mm256_cvtps_epi32(v);
+    const __m128i low = _mm256_castsi256_si128(i), high = _mm256_extracti128_si256(i, 1);
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm_packs_epi32(low, high));
+#endif
+  }
+};
+#endif
 
-// m [R rows, J vectors] = v [R, words] u [words, J vectors], or m += that; strides in floats, all words of 4 bytes.
+// m [R rows, J vectors] = v [R, words] u [words, J vectors], or m += that; strides in floats, all words of 4 bytes. Sums of
+// integers are multiplied by `scale` [R], others have none.
 // Touches what lies from `ahead` on for L2, `ahead_stride` floats further at each word.
 template <class Op, int R, int J>
 __attribute__((noinline)) void multiply(const float* v, int64_t v_stride, const float* u, int64_t u_stride, int64_t words,
-                                        float* m, int64_t m_stride, bool more, const float* ahead,
-                                        int64_t ahead_stride) {
-  vf sum[R][J];
-  if (more) each<R>([&](int r) __attribute__((always_inline)) {
-    each<J>([&](int j) __attribute__((always_inline)) { sum[r][j] = load(m + r * m_stride + j * W); });
+                                        float* m, int64_t m_stride, bool more, const float* scale,
+                                        const float* ahead, int64_t ahead_stride) {
+  typedef typename Op::Sum Sum;
+  Sum sum[R][J];
+  if (!Op::kScaled && more) each<R>([&](int r) __attribute__((always_inline)) {
+    each<J>([&](int j) __attribute__((always_inline)) {
+      sum[r][j] = reinterpret_cast<Sum>(load(m + r * m_stride + j * W));
+    });
   });
   else each<R>([&](int r) __attribute__((always_inline)) {
-    each<J>([&](int j) __attribute__((always_inline)) { sum[r][j] = vf{}; });
+    each<J>([&](int j) __attribute__((always_inline)) { sum[r][j] = Sum{}; });
   });
   for (int64_t k = 0; k < words; ++k, u += u_stride, ahead += ahead_stride) {
     vf b[J];
@@ -63,12 +101,18 @@ __attribute__((noinline)) void multiply(const float* v, int64_t v_stride, const 
     });
   }
   each<R>([&](int r) __attribute__((always_inline)) {
-    each<J>([&](int j) __attribute__((always_inline)) { store(m + r * m_stride + j * W, sum[r][j]); });
+    each<J>([&](int j) __attribute__((always_inline)) {
+      float* to = m + r * m_stride + j * W;
+      if constexpr (Op::kScaled) {
+        const vf s = __builtin_convertvector(sum[r][j], vf), by = splat<vf>(scale[r]);
+        store(to, more ? fma(s, by, load(to)) : s * by);
+      } else store(to, sum[r][j]);
+    });
   });
 }
 
 typedef void (*Multiply)(const float*, int64_t, const float*, int64_t, int64_t, float*, int64_t, bool, const float*,
-                         int64_t);
+                         const float*, int64_t);
 
 // The kernels by vectors and rows, both from 1 on.
 template <class Op, int... i> constexpr auto kernels_of(std::integer_sequence<int, i...>) {
@@ -93,7 +137,7 @@ constexpr int64_t kMany = FASTDIFF_LEVEL >= 2 ? INT64_MAX : 6;  // tiles of a sl
 struct Filters {
   typedef float Stored;
   static constexpr Order kOrder = Order::groups;
-  static constexpr bool kFilters = true, kEvaluates = false;
+  static constexpr bool kFilters = true, kEvaluates = false, kScaled = false;
   static constexpr int64_t kBlock = kUnit;
   static constexpr int step = 1;
 #if FASTDIFF_LEVEL >= 2

@@ -11,6 +11,8 @@ template <class T_, class Scheme_, class Op_> struct Results : Tiles<T_, Scheme_
   // A row of tiles, one vector of output channels: tiles' results from m [kPoints, tiles, block] at `m`.
   void row_out(int64_t n, int64_t r, int64_t o, const float* m, int64_t m_plane, int64_t block) const {
     const int some = static_cast<int>(most(0, least(W, a.o - o)));
+    [[maybe_unused]] vf unit = {};
+    if constexpr (Base::Op::kScaled) unit = load_some(this->units() + o, some);
     const vf bias = a.bias && some ? load_some(a.bias + n * a.bias_n + o, some) : vf{}, scale = splat<vf>(a.out_scale);
     const int64_t height = least(kOut, a.h - r * kOut);
     vf mean = {}, m2 = {};
@@ -34,7 +36,7 @@ template <class T_, class Scheme_, class Op_> struct Results : Tiles<T_, Scheme_
           for (int j = 0; j < kOut; ++j) {
             if (!decltype(full)::value && (i >= height || j >= breadth)) continue;
             const int64_t pixel = i * a.w + j;
-            vf z = y[i][j] + bias;
+            vf z = Base::Op::kScaled ? fma(y[i][j], unit, bias) : y[i][j] + bias;
             const T* with = add + pixel * a.residual.s;
             if (add) z += decltype(full)::value ? load(with) : load_some(with, some);
             z *= scale;

@@ -1,8 +1,7 @@
 // An image's tiles and their way into the transformed domain. Include inside a kernel file, after conv3x3_product.h.
 
 constexpr int64_t kSlab = 64;      // tiles of a slab, at least a row of them: V stays in L2 or near it
-constexpr int64_t kVectorsIn = 2;  // vectors of channels that the input transform takes at once
-constexpr int64_t kChannels = kVectorsIn * W;
+constexpr int64_t kVectorsIn = 2;  // vectors of channels that are normalised at once
 
 FD_INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 FD_INLINE int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
@@ -14,6 +13,8 @@ template <class T_, class Scheme_, class Op_> struct Tiles {
   typedef Op_ Op;
   typedef typename Op::Stored Stored;
   static constexpr int kIn = Scheme::kIn, kOut = Scheme::kOut, kPoints = kIn * kIn;
+  static constexpr int64_t kUnitIn = Op::kScaled ? kShared : 16;
+  static constexpr int64_t kChannels = Op::kScaled ? kShared : kVectorsIn * W;  // of a task
 
   const Conv3x3& a;
   const int64_t rows, cols;       // tiles of an image
@@ -25,7 +26,7 @@ template <class T_, class Scheme_, class Op_> struct Tiles {
   Stored* v = nullptr;
 
   explicit Tiles(const Conv3x3& a_)
-      : a(a_), rows(parts(a.h, kOut)), cols(parts(a.w, kOut)), width(parts(a.norm.c, 16) * 16),
+      : a(a_), rows(parts(a.h, kOut)), cols(parts(a.w, kOut)), width(parts(a.norm.c, kUnitIn) * kUnitIn),
         words(parts(a.norm.c, Op::step)), wide_o(parts(a.o, kUnit) * kUnit) {
     const int64_t fit = most(1, kSlab / cols);
     images = rows >= fit ? 1 : least(fit / rows, a.norm.n);
@@ -41,12 +42,27 @@ template <class T_, class Scheme_, class Op_> struct Tiles {
       return row + (tile / Op::kGroup * width + c) * Op::kGroup * kIn + tile % Op::kGroup * kIn * kLanes;
     else if constexpr (Op::kOrder == Order::columns)
       return row + (c / W * slab_tiles() + tile) * kIn * W;
+    else if constexpr (Op::kOrder == Order::chunks)
+      return row + (c / kShared * slab_tiles() + tile) * kShared + c % kShared;
     else
       return row + tile * width + c;
   }
   int64_t next_point() const {
     return Op::kOrder == Order::groups ? kLanes : Op::kOrder == Order::columns ? W : plane;
   }
+
+  // What integers of V are multiplied by: [chunks of kShared channels, kIn, slab_tiles()], behind V.
+  float* scales(int64_t c, int p, int64_t tile) const {
+    return reinterpret_cast<float*>(v + kPoints * plane) + (c / kShared * kIn + p) * slab_tiles() + tile;
+  }
+  int64_t v_bytes() const {
+    const int64_t scales = Op::kScaled ? parts(width, kShared) * kIn * slab_tiles() : 0;
+    return aligned(kPoints * plane * static_cast<int64_t>(sizeof(Stored)) + scales * 4);
+  }
+
+  // Behind the weights of integers: units of the output channels, factors of the input channels.
+  const float* units() const { return static_cast<const float*>(a.packed) + kPoints * words * wide_o; }
+  const float* factors() const { return units() + wide_o; }
 
   // A slab's rows of tiles, counted through the batch.
   struct Rows {
@@ -63,22 +79,25 @@ template <class T_, class Scheme_, class Op_> struct Tiles {
   int64_t padded_cols() const { return cols * kOut + 2; }
   int64_t image_floats(int64_t tile_rows) const { return (tile_rows * kOut + 2) * padded_cols() * kChannels; }
 
-  // Rows of pixels of channels c ... of sample n, normalised, with a border of 0: image [height, padded_cols, kChannels].
+  // Rows of pixels of channels c ... of sample n, kVectorsIn vectors, normalised, with a border of 0: the first
+  // channels of image [height, padded_cols, kChannels].
   template <bool normed, bool silu> void activate(int64_t n, int64_t c, int64_t top, int64_t height, float* image) const {
     const ChannelTable<float> table(const_cast<char*>(reinterpret_cast<const char*>(tables + n * table_floats(a.norm.c))),
                                     a.norm.c);
     int some[kVectorsIn];
-    vf m[kVectorsIn], slope[kVectorsIn], offset[kVectorsIn];
+    vf m[kVectorsIn], slope[kVectorsIn], offset[kVectorsIn], factor[kVectorsIn];
     for (int j = 0; j < kVectorsIn; ++j) {
       some[j] = static_cast<int>(most(0, least(W, a.norm.c - c - j * W)));
       m[j] = slope[j] = offset[j] = vf{};
+      if constexpr (Op::kScaled) factor[j] = load_some(factors() + c + j * W, some[j]);
       if (!normed || !some[j]) continue;
       m[j] = load_some(table.m + c + j * W, some[j]), slope[j] = load_some(table.a + c + j * W, some[j]);
       offset[j] = load_some(table.b + c + j * W, some[j]);
     }
     const auto value = [&](vf x, int j) __attribute__((always_inline)) {
       if constexpr (normed) x = fma(x - m[j], slope[j], offset[j]);
-      return silu ? silu_of<T>(x) : x;
+      x = silu ? silu_of<T>(x) : x;
+      return Op::kScaled ? x * factor[j] : x;
     };
     const bool whole = some[kVectorsIn - 1] == W;
     for (int64_t i = 0; i < height; ++i) {
@@ -112,17 +131,44 @@ template <class T_, class Scheme_, class Op_> struct Tiles {
       Scheme::input(d, r);
       each<kIn>([&](int p) __attribute__((always_inline)) { store(down + p * line + i, r[p]); });
     }
-    const int64_t next = next_point(), used = least(kVectorsIn, parts(width - c, W));
+    const int64_t next = next_point(), used = least(kChannels / W, parts(a.norm.c - c, W));
     for (int p = 0; p < kIn; ++p)
-      for (int64_t t = 0; t < cols; ++t)
-        for (int64_t j = 0; j < used; ++j) {
-          const float* from = down + p * line + t * kOut * kChannels + j * W;
-          Stored* to = place(p, tile + t, c + j * W);
+      for (int64_t t = 0; t < cols; ++t) {
+        const float* from = down + p * line + t * kOut * kChannels;
+        Stored* to = place(p, tile + t, c);
+        if constexpr (Op::kScaled) *scales(c, p, tile + t) = integers(from, to, next);
+        else for (int64_t j = 0; j < used; ++j) {
           vf d[kIn], r[kIn];
-          each<kIn>([&](int q) __attribute__((always_inline)) { d[q] = load(from + q * kChannels); });
+          each<kIn>([&](int q) __attribute__((always_inline)) { d[q] = load(from + q * kChannels + j * W); });
           Scheme::input(d, r);
-          each<kIn>([&](int q) __attribute__((always_inline)) { Op::keep(to + q * next, r[q], kIn * Op::kGroup * kLanes); });
+          Stored* at = place(p, tile + t, c + j * W);
+          each<kIn>([&](int q) __attribute__((always_inline)) { Op::keep(at + q * next, r[q], kIn * Op::kGroup * kLanes); });
         }
+      }
+  }
+
+  // One tile and row of points as integers of a unit, which is returned: the largest value is kLargest. NaN where a value is
+  // not finite, so that all of the tile's results are.
+  static float integers(const float* from, Stored* to, int64_t next) {
+    constexpr int vectors = kChannels / W;
+    vf r[vectors][kIn];
+    vi top = {};
+    each<vectors>([&](int j) __attribute__((always_inline)) {
+      vf d[kIn];
+      each<kIn>([&](int q) __attribute__((always_inline)) { d[q] = load(from + q * kChannels + j * W); });
+      Scheme::input(d, r[j]);
+      each<kIn>([&](int q) __attribute__((always_inline)) {
+        const vi size = reinterpret_cast<vi>(r[j][q]) & 0x7fffffff;  // as floats, and NaN above infinity
+        top = size > top ? size : top;
+      });
+    });
+    const float most = __builtin_bit_cast(float, largest(top)), unit = most * (1 / Op::kLargest);
+    const bool finite = most - most == 0;
+    const vf per_one = splat<vf>(finite && most > 1e-30f ? Op::kLargest / most : 0.0f);
+    each<vectors>([&](int j) __attribute__((always_inline)) {
+      each<kIn>([&](int q) __attribute__((always_inline)) { Op::keep(to + q * next + j * W, r[j][q] * per_one, 0); });
+    });
+    return finite ? unit : __builtin_nanf("");
   }
 
   // Channels c ... of the tile rows [begin, end) of a slab whose first row of tiles is number `first` of the batch.
@@ -132,7 +178,8 @@ template <class T_, class Scheme_, class Op_> struct Tiles {
     for (int64_t row = begin; row < end;) {
       const int64_t n = (first + row) / rows, r = (first + row) % rows, count = least(end - row, rows - r);
       const auto run = [&](auto normed, auto silu) {
-        activate<decltype(normed)::value, decltype(silu)::value>(n, c, r * kOut - 1, count * kOut + 2, image);
+        for (int64_t j = 0; j < kChannels; j += kVectorsIn * W)
+          activate<decltype(normed)::value, decltype(silu)::value>(n, c + j, r * kOut - 1, count * kOut + 2, image + j);
       };
       if (!a.norm.weight) run(std::false_type{}, std::false_type{});
       else if (a.norm.silu) run(std::true_type{}, std::true_type{});

@@ -2,11 +2,13 @@
 // fastdiff/ops/conv3x3.py packs weights at the same points.
 
 // F(4, 3) at the points 0, +-a, +-b, infinity: an even and an odd part serve both signs. The filter is evaluated there as it
-// is; what that lacks of G, 1 / prod_j (p_i - p_j), is in the last transform's constants, where it costs nothing.
-struct Four {
+// is; what that lacks of G, 1 / prod_j (p_i - p_j), which is 1 / (2 aa (aa - bb)) at +-a, is in the last transform's constants,
+// where it costs nothing. even: its values at +-a and +-b are given times at_a and at_b, about as large as at the others.
+template <bool even> struct FourOf {
   static constexpr int kOut = 4, kIn = 6;
   static constexpr float a = 0.70710678118654752f, b = 1.41421356237309505f, aa = 0.5f, bb = 2.0f;
-  static constexpr float of_a = static_cast<float>(-2.0 / 3), of_b = static_cast<float>(1.0 / 6);  // 1 / (2 aa (aa - bb))
+  static constexpr double at_a = even ? 0.75 : 1, at_b = even ? 0.375 : 1;  // factors of the filter's values there
+  static constexpr float of_a = static_cast<float>(-2 / (3 * at_a)), of_b = static_cast<float>(1 / (6 * at_b));
   static FD_INLINE void input(const vf* d, vf* r) {
     const vf even_a = fma(splat<vf>(-bb), d[2], d[4]), odd_a = fma(splat<vf>(-bb), d[1], d[3]);
     const vf even_b = fma(splat<vf>(-aa), d[2], d[4]), odd_b = fma(splat<vf>(-aa), d[1], d[3]);
@@ -57,6 +59,8 @@ struct Four {
     }
   }
 };
+
+typedef FourOf<false> Four;
 
 // F(2, 3) at 0, +-1, infinity, in the same manner.
 struct Two {

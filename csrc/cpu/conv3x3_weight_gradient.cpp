@@ -35,6 +35,7 @@ struct Columns {
   typedef float Stored;
   static constexpr Order kOrder = Order::columns;
   static constexpr int step = 1, kGroup = 1;
+  static constexpr bool kScaled = false;
   static FD_INLINE void keep(float* p, vf v, int64_t) { store(p, v); }
 };
 
@@ -42,6 +43,7 @@ template <class T_> struct Learning : Tiles<T_, Four, Columns> {
   typedef Tiles<T_, Four, Columns> Base;
   using typename Base::T, typename Base::Scheme;
   using Base::Base, Base::kIn, Base::kOut, Base::a, Base::rows, Base::cols, Base::wide_o, Base::plane, Base::v;
+  using Base::kChannels;
 
   float* m = nullptr;  // [kIn rows of points][wide_o / kOutputs][tiles of a slab][kIn][kOutputs]
   float* dw = nullptr;

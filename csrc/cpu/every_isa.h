@@ -39,7 +39,7 @@ namespace fastdiff::avx512 {
 #pragma GCC pop_options
 
 #pragma GCC push_options
-#pragma GCC target("avx2,fma,f16c,bmi,bmi2,avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,prefer-vector-width=512")
+#pragma GCC target("avx2,fma,f16c,bmi,bmi2,avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx512vnni,prefer-vector-width=512")
 #define FASTDIFF_ISA avx512_bf16
 #define FASTDIFF_LEVEL 3
 namespace fastdiff::avx512_bf16 {

@@ -82,6 +82,15 @@ FD_INLINE float sum(vf a) {
   return a[0];
 #endif
 }
+FD_INLINE int32_t largest(vi a) {
+#if FASTDIFF_LEVEL >= 2
+  return _mm512_reduce_max_epi32(reinterpret_cast<__m512i>(a));
+#else
+  for (int half = W / 2; half > 0; half /= 2)
+    for (int i = 0; i < half; ++i) a[i] = a[i] > a[i + half] ? a[i] : a[i + half];
+  return a[0];
+#endif
+}
 FD_INLINE double sum(vd a) {
   double s = 0;
   for (int i = 0; i < W / 2; ++i) s += a[i];

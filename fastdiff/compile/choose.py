@@ -27,7 +27,7 @@ MARGIN = 0.95  # a candidate must take less than this of the time of those befor
 
 # dtype -> algorithms beside the library's, in the order of preference at equal speed: the one with fewer weights first. Each
 # keeps its class of error: float32 1e-6 a layer; bfloat16 at most twice plain bfloat16's.
-CANDIDATES = {torch.float32: ("winograd4_lean", "winograd4"), torch.bfloat16: ("winograd2",)}
+CANDIDATES = {torch.float32: ("winograd4_lean", "winograd4"), torch.bfloat16: ("winograd2", "winograd4_int16")}
 
 EIGHT_BITS = "fp8"
 SIDE, CHANNELS = 16, 64  # least of a layer whose products are expected to outweigh the rest of it; not measured

@@ -15,9 +15,8 @@ module = sys.modules["fastdiff.ops.conv3x3"]
 pytestmark = pytest.mark.skipif(len(conv3x3_algorithms(torch.float32)) == 1, reason="fastdiff._C is not built")
 
 SERVED = [("winograd4", torch.float32), ("winograd4_lean", torch.float32), ("winograd4", torch.bfloat16)]
-WITH_ISA = [*SERVED[:3], ("winograd4_lean", torch.float16)]
-if "winograd2" in conv3x3_algorithms(torch.bfloat16):
-    SERVED.append(("winograd2", torch.bfloat16))
+WITH_ISA = [*SERVED[:3], ("winograd4_lean", torch.float16), ("winograd4_int16", torch.bfloat16)]
+SERVED += [(name, torch.bfloat16) for name in conv3x3_algorithms(torch.bfloat16)[3:]]
 # n, inputs, outputs, height, width: a level; odd sides and channels; one pixel; first and last layer; less than a tile;
 # several slabs of one image; blocks of output channels cut short.
 SHAPES = [
@@ -65,6 +64,31 @@ def by_tiles(h, weight, algorithm, squared=False):
     ]
 
 
+def integer_deviation(h, weight):
+    """winograd4_int16: the standard deviation of results whose operands are rounded to integers, one as if by itself.
+
+    A value that is rounded to a unit is off by unit / sqrt(12). Units, times a channel's factor: those of _winograd.py for
+    weights, a 16,380th of the largest value of 64 channels for a tile's row of points.
+    """
+    at, g, bt = matrices("winograd4_int16")
+    even = torch.tensor(_winograd.EVEN, dtype=torch.float64)
+    at, g = at / even, even[:, None] * g
+    factors = _winograd._factors(weight)[:, None, None]
+    padded = functional.pad(h.double(), (1, 1 + -h.shape[3] % 4, 1, 1 + -h.shape[2] % 4))
+    u, v = (
+        g @ (weight.double() / factors) @ g.T,
+        bt @ (padded.unfold(2, 6, 4).unfold(3, 6, 4) * factors[:, None, None]) @ bt.T,
+    )
+    of_u = _winograd._unit(u.flatten(2).permute(2, 1, 0))[:, None, None, None] / 12**0.5
+    chunks = functional.pad(v.abs().amax(-1), (0, 0, 0, 0, 0, 0, 0, -v.shape[1] % 64)).unflatten(1, (-1, 64)).amax(2)
+    of_v = chunks.repeat_interleave(64, 1)[:, : v.shape[1], ..., None] / 16380 / 12**0.5
+    sums = "nirsuv,oiuv->norsuv"
+    variance = torch.einsum(sums, v.square(), torch.ones_like(u) * of_u.square()) + torch.einsum(
+        sums, (torch.ones_like(v) * of_v).square(), u.square()
+    )
+    return (at.square() @ variance @ at.square().T).max().sqrt().item()
+
+
 def hidden(x, norm):
     """What is convolved."""
     identity = torch.zeros(x.shape[1], x.shape[1], 3, 3, dtype=x.dtype)
@@ -77,14 +101,18 @@ def tolerance(algorithm, dtype, h, weight, out_scale, largest):
 
     winograd2 rounds both operands of every product to bfloat16. winograd4's float32 operands come from up to four
     operations each, and a sum of I products rounds as often again as its partial sums are large: sqrt(I) / 2 on average.
+    winograd4_int16: its own roundings to integers, and before and after them as winograd4.
     """
     deviation = by_tiles(h, weight, algorithm, squared=True).sqrt().max().item()
+    integers = 6 * integer_deviation(h, weight) * abs(out_scale) if algorithm == "winograd4_int16" else 0
     if algorithm == "winograd2":
         unit = torch.finfo(torch.bfloat16).eps / 2 * (2 / 3) ** 0.5
     else:
         unit = torch.finfo(torch.float32).eps / 2 * (8 + weight.shape[1] / 4) ** 0.5
-    return 6 * deviation * unit * abs(out_scale) + largest * (
-        torch.finfo(dtype).eps / 2 + 4 * torch.finfo(torch.float32).eps
+    return (
+        integers
+        + 6 * deviation * unit * abs(out_scale)
+        + largest * (torch.finfo(dtype).eps / 2 + 4 * torch.finfo(torch.float32).eps)
     )
 
 
@@ -121,6 +149,11 @@ def test_values(algorithm, dtype, channels_last):
 
 @pytest.mark.parametrize("algorithm, dtype", WITH_ISA)
 def test_values_of_every_instruction_set(isa, algorithm, dtype):
+    if algorithm not in conv3x3_algorithms(dtype):
+        x = torch.randn(1, 4, 4, 4).to(dtype)
+        with pytest.raises(ValueError, match=f"algorithm: '{algorithm}' is not served for {dtype} on cpu; use direct"):
+            conv3x3(x, torch.randn(2, 4, 3, 3), algorithm=algorithm)
+        return
     check_values(algorithm, dtype, True, SHAPES, [set(OPTIONS)])
     check_values(algorithm, dtype, False, SHAPES[1:4], [set()])
 
@@ -137,12 +170,13 @@ def test_error_at_the_layer_that_others_are_measured_at():
     for algorithm in ("winograd4", "winograd4_lean"):
         y, _ = conv3x3(x, weight, algorithm=algorithm)
         assert (y - truth).norm() / truth.norm() < 1.7e-6  # ncnn's F(4, 3)
-    if "winograd2" in conv3x3_algorithms(torch.bfloat16):
-        x, weight = x.bfloat16(), weight.bfloat16()
-        truth = functional.conv2d(x.double(), weight.double(), padding=1)
-        y, _ = conv3x3(x, weight, algorithm="winograd2")
-        plain = functional.conv2d(x, weight, padding=1)
-        assert (y - truth).norm() < 3 * (plain - truth).norm()  # this layer alone; a network's output: below 2
+    x, weight = x.bfloat16(), weight.bfloat16()
+    truth = functional.conv2d(x.double(), weight.double(), padding=1)
+    plain = (functional.conv2d(x, weight, padding=1) - truth).norm()
+    # Of the result's own rounding. winograd2: this layer alone; a network's output: below 2.
+    for algorithm, most in {"winograd2": 3, "winograd4_int16": 1.15}.items():
+        if algorithm in conv3x3_algorithms(torch.bfloat16):
+            assert (conv3x3(x, weight, algorithm=algorithm)[0] - truth).norm() < most * plain
 
 
 @pytest.mark.parametrize("algorithm, dtype", SERVED)
@@ -262,27 +296,33 @@ def test_packed_weights_are_those_multiplied():
 
 
 def test_the_transforms_are_those_of_the_formula():
-    for algorithm in ("winograd4", "winograd2"):
+    for algorithm in ("winograd4", "winograd2", "winograd4_int16"):
         x, weight = torch.randn(2, 3, 7, 9, dtype=torch.float64), torch.randn(4, 3, 3, 3, dtype=torch.float64)
         torch.testing.assert_close(by_tiles(x, weight, algorithm), functional.conv2d(x, weight, padding=1))
 
 
 def test_what_is_served(isa):
     assert conv3x3_algorithms(torch.float32) == ("direct", "winograd4", "winograd4_lean")
-    assert conv3x3_algorithms(torch.bfloat16)[3:] == (("winograd2",) if isa == "avx512_bf16" else ())
+    integers, two = isa != "baseline", isa == "avx512_bf16"
+    assert conv3x3_algorithms(torch.bfloat16)[3:] == ("winograd4_int16",) * integers + ("winograd2",) * two
     assert conv3x3_algorithms(torch.float64) == conv3x3_algorithms(torch.float32, "cuda") == ("direct",)
     x, weight = torch.randn(1, 4, 4, 4), torch.randn(2, 4, 3, 3)
     with pytest.raises(ValueError, match=r"algorithm: 'winograd4' is not served for torch.float64 on cpu"):
         conv3x3(x.double(), weight, algorithm="winograd4")
     with pytest.raises(ValueError, match=r"algorithm: 'winograd2' is not served for torch.float32 on cpu"):
         conv3x3(x, weight, algorithm="winograd2")
-    if isa != "avx512_bf16":
-        args = (x.bfloat16(), weight, None, None, None, 1, 1e-5, None, None, None, None, True, None, 1.0, 0)
-        with pytest.raises(RuntimeError, match="winograd2 needs AVX512-BF16"):
-            torch.ops.fastdiff.conv3x3(*args, conv3x3_pack(weight, "winograd2"), "winograd2")
+    args = (x.bfloat16(), weight, None, None, None, 1, 1e-5, None, None, None, None, True, None, 1.0, 0)
+    for algorithm, needs, served in (("winograd2", "AVX512-BF16", two), ("winograd4_int16", "AVX2", integers)):
+        if not served:
+            with pytest.raises(RuntimeError, match=f"{algorithm} needs {needs}"):
+                torch.ops.fastdiff.conv3x3(*args, conv3x3_pack(weight, algorithm), algorithm)
+        with pytest.raises(RuntimeError, match=f"{algorithm} takes bfloat16 alone"):
+            torch.ops.fastdiff.conv3x3(x, *args[1:], conv3x3_pack(weight, algorithm), algorithm)
 
 
-@pytest.mark.parametrize("packed_as", ["direct", "winograd4", "winograd4_lean", "winograd2", "other shape", "strided"])
+@pytest.mark.parametrize(
+    "packed_as", ["direct", "winograd4", "winograd4_lean", "winograd4_int16", "winograd2", "other shape", "strided"]
+)
 def test_packed_must_belong(packed_as):
     x, weight = torch.randn(1, 4, 4, 4), torch.randn(2, 4, 3, 3)
     algorithm = "winograd4"

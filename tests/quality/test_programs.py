@@ -26,6 +26,7 @@ PATHS = {
     ("lossless", "winograd4"): (1.001, 0.0),
     ("high", "library"): (1.05, 0.005),
     ("high", "winograd2"): (1.05, 0.005),
+    ("high", "winograd4_int16"): (1.05, 0.005),
     ("fast", "fp8"): (1.05, 0.005),
 }
 
