@@ -2,7 +2,7 @@
 // channels. Include inside a kernel file, after simd.h. A sum's order depends on its length alone.
 
 constexpr int64_t kDepth = 256;  // words summed in registers: a panel of so many rows stays in L2
-constexpr int64_t kShared = 64;  // channels that share the scale of their integers, for each row of tiles and of points
+constexpr int64_t kShared = 64;  // channels that are summed as integers, in one unit
 constexpr int64_t kSome = 64;    // words of which filters are evaluated together, see Evaluated
 constexpr int64_t kLine = 16;    // floats of a cache line
 constexpr int kLanes = 4;        // neighbouring channels in the V of multiply_filters

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fastdiff.compile import Compiled, program_of
-from fastdiff.compile.choose import EIGHT_BITS, choose, eight_bits, layers
+from fastdiff.compile.choose import EIGHT_BITS, WIDE, choose, eight_bits, layers
 from fastdiff.compile.fits import REFERENCE, Fingerprint, obstacle, say_once
 from fastdiff.compile.graph import CudaGraphs, Graphs
 from fastdiff.compile.measured import choices
@@ -31,7 +31,6 @@ SECONDS = 0.5  # to measure, where no layer size is known, and
 TRIALS = 0.6  # of the time of BATCH images
 SECONDS_PER_WEIGHT = 2.5e-8  # to pack
 # A light network's program is made at the first call, by algorithms that are not measured: that takes some 20 ms.
-WIDE = 64  # output channels, below which "winograd4_lean" has too few tasks for several threads
 ONLY = "eight bits are for programs on NVIDIA GPUs of compute capability 8.9 and later, for 64 channels at 16x16 and more"
 
 

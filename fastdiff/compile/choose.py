@@ -23,11 +23,14 @@ from fastdiff.compile.steps import Conv3x3, Values
 ROUNDS = 4  # runs of a trial at most
 SECONDS = 0.03  # after which two runs of a trial are enough
 CACHE = 2**25  # bytes that are read between two runs, about a processor's last cache
-MARGIN = 0.95  # a candidate must take less than this of the time of those before it
+MARGIN = 0.95  # a candidate must take less than this of the time of those before it,
+HEAVY, LARGER = 0.9, 4 / 3  # and less than this where its weights take more than so many times their memory
 
 # dtype -> algorithms beside the library's, in the order of preference at equal speed: the one with fewer weights first. Each
 # keeps its class of error: float32 1e-6 a layer; bfloat16 at most twice plain bfloat16's.
 CANDIDATES = {torch.float32: ("winograd4_lean", "winograd4"), torch.bfloat16: ("winograd2", "winograd4_int16")}
+
+WIDE = 64  # output channels, below which "winograd4_lean" has too few tasks for several threads
 
 EIGHT_BITS = "fp8"
 SIDE, CHANNELS = 16, 64  # least of a layer whose products are expected to outweigh the rest of it; not measured
@@ -53,6 +56,16 @@ def candidates(step: Conv3x3, dtype: torch.dtype) -> list[str]:
     """The algorithms that can compute the step here, the library's first."""
     known = ops.conv3x3_algorithms(dtype, step.weight.device)
     return [LIBRARY, *(name for name in CANDIDATES.get(dtype, ()) if name in known)]
+
+
+def worth_measuring(step: Conv3x3, dtype: torch.dtype) -> list[str]:
+    """The candidates without those that cannot win by enough to pay for their memory.
+
+    With 32 registers "winograd4_lean" is within 3 % of "winograd4" on wide layers, at a quarter of the weights.
+    """
+    names = candidates(step, dtype)
+    lean = "winograd4_lean" in names and "avx512" in ops.native() and step.weight.shape[0] >= WIDE
+    return [name for name in names if not (lean and name == "winograd4")]
 
 
 def bind(
@@ -109,7 +122,7 @@ def choose(
             chosen = known.find(layer) or ""
             if chosen not in names:
                 elsewhere = torch.ones(CACHE // 4) if elsewhere is None else elsewhere
-                chosen = _measure(step, program, names, batch, elsewhere)
+                chosen = _measure(step, program, worth_measuring(step, program.dtype), batch, elsewhere)
                 known.add(layer, chosen)
         before = packed if packed and given and chosen == given.get(step.name) else {}
         bind(step, chosen, program, before.get(step.name), keep)
@@ -137,8 +150,16 @@ def _measure(step: Conv3x3, program: Program, names: list[str], batch: int, else
         least[name] = _least(v, run, elsewhere, min(least.values(), default=float("inf")))
     best = names[0]
     for name in names[1:]:
-        best = name if least[name] < MARGIN * least[best] else best
+        heavy = _bytes(step, name, program) > LARGER * _bytes(step, best, program)
+        best = name if least[name] < (HEAVY if heavy else MARGIN) * least[best] else best
     return best
+
+
+def _bytes(step: Conv3x3, name: str, program: Program) -> int:
+    """Of the weights that this algorithm reads."""
+    if name == LIBRARY:
+        return step.weight.numel() * program.dtype.itemsize
+    return ops.conv3x3_pack(step.weight.to("meta"), name).nbytes
 
 
 def _least(v: Values, run: Callable[[], None], elsewhere: Tensor, best: float) -> float:

@@ -15,8 +15,8 @@ ALIGNED = 16  # channels in 64 bytes: BLAS may sum in another order where an ima
 class Product:
     """A convolution of any size and stride of float32 images that are channels-last: one product for each image.
 
-    An image's product has the same shape in every batch, and where channels are multiples of `ALIGNED` the same alignment:
-    so the same order of summation.
+    One call of BLAS for each image: of a batch's products it may share out the images among threads, of one product's sum its
+    terms. So the order of summation is the same in every batch; where channels are multiples of `ALIGNED` so is the alignment.
     """
 
     def __init__(self, weight: Tensor, bias: Tensor, stride: int, padding: int):
@@ -31,8 +31,10 @@ class Product:
             pixels = windows.permute(0, 1, 2, 4, 5, 3)  # [N, H', W', kernel, kernel, I]
         n, h, w = pixels.shape[:3]
         terms, outputs = self.matrix.shape
-        given = self.bias.expand(n, h * w, -1), pixels.reshape(n, h * w, terms), self.matrix.expand(n, -1, -1)
-        return torch.baddbmm(*given).view(n, h, w, outputs).permute(0, 3, 1, 2)
+        y = x.new_empty(n, h * w, outputs)
+        for image, rows in zip(y, pixels.reshape(n, h * w, terms), strict=True):
+            torch.addmm(self.bias, rows, self.matrix, out=image)
+        return y.view(n, h, w, outputs).permute(0, 3, 1, 2)
 
 
 def convolution(

@@ -76,7 +76,7 @@ class Spill:
     def finish(self) -> str:
         """Give back the memory of what was only read to make the program; what is where, in words."""
         give_back(self.mapped)
-        _trim()
+        trim()
         self.mapped = []
         if self.file is None:
             return ""
@@ -101,7 +101,7 @@ def give_back(areas: Iterable[mmap.mmap]) -> None:
             area.madvise(mmap.MADV_DONTNEED)
 
 
-def _trim() -> None:
+def trim() -> None:
     """Give back what the C library keeps of memory that was freed: trials and packing leave it full of holes."""
     with contextlib.suppress(OSError, AttributeError):  # glibc alone has it
         ctypes.CDLL(None).malloc_trim(0)

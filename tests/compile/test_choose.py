@@ -56,6 +56,25 @@ def test_the_fastest_is_chosen(clock, direct, expected):
     assert {batch for _, _, batch in timed} == {3}
 
 
+@pytest.mark.parametrize(("seconds", "expected"), [(0.93, "winograd4_lean"), (0.85, "winograd4")])
+def test_many_weights_must_pay(clock, monkeypatch, seconds, expected):
+    """Four times the memory for less than a tenth of the time is not taken."""
+    clock({"library": 9.0, "winograd4_lean": 1.0, "winograd4": seconds})
+    monkeypatch.setattr(choose, "candidates", lambda step, dtype: ["library", "winograd4_lean", "winograd4"])
+    program = program_of(awake(NETWORKS["ddpm"]), torch.float32)
+    assert set(program.algorithms.values()) == {expected}
+
+
+@pytest.mark.parametrize(("isa", "outputs", "both"), [("avx512", 64, False), ("avx512", 32, True), ("avx2", 64, True)])
+def test_what_is_measured(monkeypatch, isa, outputs, both):
+    """Weights four times as large only where they can win: few registers, or few output channels for several threads."""
+    names = ["library", "winograd4_lean", "winograd4"]
+    monkeypatch.setattr(choose, "candidates", lambda step, dtype: names)
+    monkeypatch.setattr(choose.ops, "native", lambda: f"native code for {isa} (cpu)")
+    step = choose.Conv3x3(0, "conv", 0, torch.zeros(outputs, 8, 3, 3), torch.zeros(outputs))
+    assert choose.worth_measuring(step, torch.float32) == (names if both else names[:2])
+
+
 def test_given_choices_are_not_measured(clock):
     timed = clock({})
     network = awake(NETWORKS["ddpm"])

@@ -4,6 +4,8 @@ import copy
 import gc
 import os
 import shutil
+import subprocess
+import sys
 import warnings
 from collections import namedtuple
 from pathlib import Path
@@ -13,6 +15,7 @@ import torch
 from compiled_networks import model_of
 
 import fastdiff
+from fastdiff import UNet, UNetConfig, schedules
 from fastdiff.compile import program, spill
 
 SEEDS = range(3)
@@ -87,6 +90,38 @@ def _open_in(folder, number):
         return str(folder) in os.readlink(f"/proc/self/fd/{number}")
     except OSError:
         return False
+
+
+HELD = """
+import gc, sys, fastdiff
+def now():
+    with open("/proc/self/smaps_rollup") as file:
+        return sum(int(line.split()[1]) for line in file if line.startswith("Anonymous:")) / 1024
+fastdiff.sample("mnist-ect", 2, seeds=[0])
+gc.collect()
+before = now()
+model = fastdiff.load(sys.argv[1])
+loaded = now()
+model = fastdiff.compile(model)
+fastdiff.sample(model, 1, seeds=[0])
+gc.collect()
+print(model.program.where, now() - before, loaded - before, sep="|")
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_nothing_is_held_of_the_model_that_was_compiled(tmp_path):
+    config = UNetConfig(resolution=8, channels=128, multipliers=(2, 2), blocks=1, attention=(), dropout=0.0)
+    model = fastdiff.wrap(UNet(config), schedule=schedules.DDPM(), shape=(3, 8, 8))
+    size = sum(p.nbytes for p in model.network.parameters()) / 2**20
+    assert size > spill.SMALL / 2**20
+    model.save(tmp_path / "model.safetensors")
+    environment = os.environ | {"FASTDIFF_CACHE": str(tmp_path)}
+    command = [sys.executable, "-c", HELD, str(tmp_path / "model.safetensors")]
+    out = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
+    where, held, loaded = out.strip().split("|")
+    assert "mapped" in where or spill._in_memory(tmp_path)
+    assert float(loaded) > 0.9 * size and (float(held) < 0.7 * size or not where), out
 
 
 def test_writing_changes_no_other(folder):
