@@ -5,16 +5,27 @@ from torch import Tensor
 from torch.nn import functional
 
 
+def orders(dtype: torch.dtype) -> bool:
+    """Whether oneDNN takes weights of this type in its own order here; bfloat16 needs AVX-512 or AVX-NE-CONVERT."""
+    if not torch.backends.mkldnn.is_available():
+        return False
+    return dtype != torch.bfloat16 or torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
 class LibraryConvolution:
     """1x1, and 3x3 of stride 1 or 2, with residual and scale behind.
 
     On CPUs the weights are reordered once, and images are convolved one by one where the library would choose another
-    order of summation for another batch: an image does not depend on its batch.
+    order of summation for another batch: an image does not depend on its batch. bfloat16 that oneDNN does not serve here is
+    convolved in float32, which is faster than PyTorch's own loops.
     """
 
     def __init__(self, weight: Tensor, bias: Tensor, size: tuple[int, int], stride: int = 1, padding: int = 1):
+        cpu = weight.device.type == "cpu"
+        if cpu and weight.dtype == torch.bfloat16 and not orders(weight.dtype):
+            weight = weight.float()
         self.stride, self.padding, self.bias = [stride, stride], [padding, padding], bias.to(weight.dtype)
-        self.ordered = weight.device.type == "cpu" and torch.backends.mkldnn.is_available()
+        self.dtype, self.ordered = weight.dtype, cpu and orders(weight.dtype)
         self.weight = weight
         if self.ordered:
             shape = [1, weight.shape[1], *size]
@@ -29,6 +40,9 @@ class LibraryConvolution:
         out_scale: float = 1.0,
     ) -> Tensor:
         """bias: [O] or [N, O]."""
+        if x.dtype != self.dtype:
+            residual = None if residual is None else residual.to(self.dtype)
+            return self(x.to(self.dtype), bias, residual, out_scale).to(x.dtype)
         bias = self.bias if bias is None else bias.to(x.dtype)
         if not self.ordered:
             y = self._plain(x, bias, residual)

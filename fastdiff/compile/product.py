@@ -15,8 +15,9 @@ ALIGNED = 16  # channels in 64 bytes: BLAS may sum in another order where an ima
 class Product:
     """A convolution of any size and stride of float32 images that are channels-last: one product for each image.
 
-    One call of BLAS for each image: of a batch's products it may share out the images among threads, of one product's sum its
-    terms. So the order of summation is the same in every batch; where channels are multiples of `ALIGNED` so is the alignment.
+    One call of BLAS for each image: of a batch's products it may share out the images among threads, of one product's sum
+    its terms. So the order of summation is the same in every batch, and so is the alignment where channels are multiples of
+    `ALIGNED`.
     """
 
     def __init__(self, weight: Tensor, bias: Tensor, stride: int, padding: int):
