@@ -1,4 +1,4 @@
-"""Settings that sampling changes for a while and that are not a thread's own: train or eval mode, TF32.
+"""Settings that sampling changes for a while and that are not a thread's own: train or eval mode, TF32, cuDNN's choices.
 
 Threads that sample at once share them: the first one in changes them, the last one out sets them back.
 """
@@ -6,7 +6,7 @@ Threads that sample at once share them: the first one in changes them, the last 
 import contextlib
 import threading
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import nn
@@ -15,7 +15,8 @@ from fastdiff.modules import modules_of
 
 _lock = threading.Lock()
 _modules: weakref.WeakKeyDictionary[nn.Module, tuple[int, bool]] = weakref.WeakKeyDictionary()  # users, mode before them
-_exact: list[tuple[bool, bool]] = []  # TF32 of convolutions and products before each one that is in
+_exact: list[tuple[bool, ...]] = []  # TF32 of convolutions and products before each one that is in
+_autotuned: list[tuple[bool, ...]] = []  # and whether cuDNN measured
 
 
 @contextlib.contextmanager
@@ -47,14 +48,39 @@ def exact(quality: str) -> Iterator[None]:
     if quality != "lossless":
         yield
         return
+    with _held(_exact, _tf32, _set_tf32, (False, False)):
+        yield
+
+
+@contextlib.contextmanager
+def autotuned() -> Iterator[None]:
+    """cuDNN measures its algorithms at every shape that it has not seen, and takes what was fastest from then on."""
+
+    def put(measures: bool) -> None:
+        torch.backends.cudnn.benchmark = measures
+
+    with _held(_autotuned, lambda: (torch.backends.cudnn.benchmark,), put, (True,)):
+        yield
+
+
+def _tf32() -> tuple[bool, bool]:
+    return torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
+
+
+def _set_tf32(convolutions: bool, products: bool) -> None:
+    torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = convolutions, products
+
+
+@contextlib.contextmanager
+def _held(before: list, get: Callable[[], tuple], put: Callable[..., None], wanted: tuple) -> Iterator[None]:
+    """`wanted` while anybody is in; then what it was before the first."""
     with _lock:
-        now = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
-        _exact.append(_exact[0] if _exact else now)
-        torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
+        before.append(before[0] if before else get())
+        put(*wanted)
     try:
         yield
     finally:
         with _lock:
-            before = _exact.pop()
-            if not _exact:
-                torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = before
+            first = before.pop()
+            if not before:
+                put(*first)

@@ -83,3 +83,15 @@ def test_tf32_comes_back(tf32, value):
     assert now() == (value, not value)
     with flags.exact("high"):
         assert now() == (value, not value)
+
+
+@pytest.mark.parametrize("value", [True, False])
+def test_cudnn_measures_while_anybody_wants_it(monkeypatch, value):
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", value)
+    a, b = flags.autotuned(), flags.autotuned()
+    a.__enter__()
+    b.__enter__()
+    a.__exit__(None, None, None)
+    assert torch.backends.cudnn.benchmark
+    b.__exit__(None, None, None)
+    assert torch.backends.cudnn.benchmark == value and not flags._autotuned

@@ -15,6 +15,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from fastdiff.flags import autotuned
 from fastdiff.plan import Loop, Plan, Row, execute, prepare
 from fastdiff.stepwise import Guidance
 
@@ -45,13 +46,14 @@ class CudaGraphs:
     def record(self, call, reset):
         side = torch.cuda.Stream(self.device)
         side.wait_stream(torch.cuda.current_stream(self.device))
-        with torch.cuda.stream(side):
-            call()
-            reset()
-        torch.cuda.current_stream(self.device).wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self.pool):
-            call()
+        with autotuned():  # measures while it warms up; what is captured remembers
+            with torch.cuda.stream(side):
+                call()
+                reset()
+            torch.cuda.current_stream(self.device).wait_stream(side)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=self.pool):
+                call()
         reset()
         return graph.replay
 

@@ -1,6 +1,8 @@
 """The captured loop, with a stand-in that records what CUDA graphs would: what is captured, replayed and refused."""
 
+import contextlib
 import warnings
+from unittest import mock
 
 import pytest
 import torch
@@ -8,7 +10,7 @@ from compiled_networks import model_of
 
 import fastdiff
 from fastdiff.compile import automatic
-from fastdiff.compile.graph import KEPT, Graphs, bucket
+from fastdiff.compile.graph import KEPT, CudaGraphs, Graphs, bucket
 
 SEEDS = [3, 1, 4, 1, 5]
 
@@ -137,3 +139,32 @@ def test_out_of_memory(captured):
         again = fastdiff.run(model, 2, seeds=range(9), compile="fast")
     assert torch.equal(again.images, expected)
     assert again.engine == "fast: captured for batches of none; 1 step by step, out of memory"
+
+
+def test_capture_finds_what_warming_up_measured(monkeypatch):
+    """Both run with cuDNN's measuring on, in this order, on a stream of their own; replaying is the graph's."""
+    events = []
+
+    @contextlib.contextmanager
+    def entered(name):
+        events.append(name)
+        yield
+        events.append(f"{name} ends")
+
+    graph, stream = mock.Mock(), mock.Mock()
+    for name, stand_in in {
+        "graph_pool_handle": lambda: "pool",
+        "Stream": lambda device: stream,
+        "current_stream": lambda device: stream,
+        "stream": lambda stream: entered("warming up"),
+        "CUDAGraph": lambda: graph,
+        "graph": lambda graph, pool: entered(f"capture in the {pool}"),
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, stand_in)
+    measured = torch.backends.cudnn.benchmark
+    replay = CudaGraphs(torch.device("cuda")).record(
+        lambda: events.append(f"measuring: {torch.backends.cudnn.benchmark}"), lambda: events.append("reset")
+    )
+    begun, ended = ["warming up", "measuring: True", "reset", "warming up ends"], ["capture in the pool ends", "reset"]
+    assert events == [*begun, "capture in the pool", "measuring: True", *ended]
+    assert replay == graph.replay and torch.backends.cudnn.benchmark == measured
