@@ -34,7 +34,7 @@ class Program:
         self.unused = self._last_uses()
         self.others: set[tuple[int, int]] = set()  # sizes that it was not made for, and met
         self.where = ""  # its weights are, if not in memory
-        self.called = False
+        self.trimmed = False
         self.factor = 2 ** (len(network.config.multipliers) - 1)
         self.together: int | None = None  # images for each thread; None for any number
         if is_light(network):
@@ -84,8 +84,8 @@ class Program:
             self._say(x.shape[-2], x.shape[-1])
         with torch.autocast(x.device.type, enabled=False):
             c = self.conditions(c_noise, labels, augment_labels)
-            if self.where and not self.called:
-                self.called = True
+            if self.where and not self.trimmed:
+                self.trimmed = True
                 trim()  # by now a caller who wanted the program alone has let go of what it was made of
             together = len(x) if self.together is None else self.together * torch.get_num_threads()
             if len(x) <= together:
