@@ -17,6 +17,7 @@ from compiled_networks import model_of
 import fastdiff
 from fastdiff import UNet, UNetConfig, schedules
 from fastdiff.compile import program, spill
+from fastdiff.ops import conv3x3_algorithms
 
 SEEDS = range(3)
 
@@ -92,11 +93,13 @@ def _open_in(folder, number):
         return False
 
 
+# By algorithms of our own, whatever is fastest here: the library keeps its weights in memory.
 HELD = """
-import gc, sys, fastdiff
+import gc, sys, fastdiff, fastdiff.compile
 def now():
     with open("/proc/self/smaps_rollup") as file:
         return sum(int(line.split()[1]) for line in file if line.startswith("Anonymous:")) / 1024
+sys.modules["fastdiff.compile.choose"]._measure = lambda step, program, names, *given: names[-1]
 fastdiff.sample("mnist-ect", 2, seeds=[0])
 gc.collect()
 before = now()
@@ -110,6 +113,7 @@ print(model.program.where, now() - before, loaded - before, sep="|")
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+@pytest.mark.skipif(len(conv3x3_algorithms(torch.float32)) == 1, reason="fastdiff._C is not built")
 def test_nothing_is_held_of_the_model_that_was_compiled(tmp_path):
     config = UNetConfig(resolution=8, channels=128, multipliers=(2, 2), blocks=1, attention=(), dropout=0.0)
     model = fastdiff.wrap(UNet(config), schedule=schedules.DDPM(), shape=(3, 8, 8))
