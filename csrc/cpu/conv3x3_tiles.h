@@ -135,14 +135,13 @@ template <class T_, class Scheme_, class Op_> struct Tiles {
     for (int p = 0; p < kIn; ++p)
       for (int64_t t = 0; t < cols; ++t) {
         const float* from = down + p * line + t * kOut * kChannels;
-        Stored* to = place(p, tile + t, c);
-        if constexpr (Op::kScaled) *scales(c, p, tile + t) = integers(from, to, next);
+        if constexpr (Op::kScaled) *scales(c, p, tile + t) = integers(from, place(p, tile + t, c), next);
         else for (int64_t j = 0; j < used; ++j) {
           vf d[kIn], r[kIn];
           each<kIn>([&](int q) __attribute__((always_inline)) { d[q] = load(from + q * kChannels + j * W); });
           Scheme::input(d, r);
-          Stored* at = place(p, tile + t, c + j * W);
-          each<kIn>([&](int q) __attribute__((always_inline)) { Op::keep(at + q * next, r[q], kIn * Op::kGroup * kLanes); });
+          Stored* to = place(p, tile + t, c + j * W);
+          each<kIn>([&](int q) __attribute__((always_inline)) { Op::keep(to + q * next, r[q], kIn * Op::kGroup * kLanes); });
         }
       }
   }

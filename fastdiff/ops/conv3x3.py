@@ -265,7 +265,7 @@ def conv3x3(
     """
     _check(x, weight, bias, residual, stats_groups)
     if packed is not None:
-        _check_tensor("packed", packed, x)
+        _check_tensor("packed", packed, x, types=() if algorithm == "direct" else OPERAND.values())
     packed = _served(algorithm, x, weight, norm, packed)
     call = _twin if _register.functorch_active() else torch.ops.fastdiff.conv3x3
     first = norm or Norm(None, None, 1)  # type: ignore[arg-type]
@@ -339,8 +339,9 @@ def _served(algorithm, x, weight, norm, packed):
     return packed
 
 
-def _check_tensor(name, t, x, *shapes):
-    if not isinstance(t, torch.Tensor) or not (t.is_floating_point() or t.dtype in OPERAND.values()):
+def _check_tensor(name, t, x, *shapes, types=()):
+    """A floating-point tensor on x's device; types: others that are taken."""
+    if not isinstance(t, torch.Tensor) or not (t.is_floating_point() or t.dtype in types):
         raise TypeError(f"{name}: expected a floating-point tensor, got {getattr(t, 'dtype', type(t).__name__)}")
     if t.device != x.device:
         raise ValueError(f"{name}: is on {t.device}, x on {x.device}; move it to {x.device}")

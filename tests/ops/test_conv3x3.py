@@ -306,6 +306,9 @@ NORM = Norm(torch.ones(8), torch.zeros(8), 2)
         ({"stats_groups": -1}, "stats_groups: -1 does not divide"),
         ({"algorithm": "fft"}, "algorithm: 'fft' is not known here; use direct"),
         ({"packed": [1]}, "packed: expected a floating-point tensor, got list"),
+        ({"packed": torch.zeros(6, 8, 3, 3, dtype=torch.int16)}, "packed: expected a floating-.* got torch.int16"),
+        ({"weight": torch.zeros(6, 8, 3, 3, dtype=torch.int16)}, "weight: expected a floating-.* got torch.int16"),
+        ({"bias": torch.zeros(6, dtype=torch.int16)}, "bias: expected a floating-point tensor, got torch.int16"),
     ],
 )
 def test_errors_name_the_argument(change, message):
