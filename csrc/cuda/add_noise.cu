@@ -1,6 +1,7 @@
 // add_noise on CUDA: x0 is read once, the noise made once, each of the K linear forms stored. Formula:
 // fastdiff/ops/add_noise.py.
 #include "cuda/add_noise.h"
+#include "cuda/launch.cuh"
 #include "cuda/memory.cuh"
 #include "cuda/philox.cuh"
 
@@ -9,6 +10,7 @@ namespace {
 
 template <int E, class A, class T>
 __global__ void __launch_bounds__(256, 2) forms(AddNoise a, Lie lie, Lie to) {
+  begin();
   const int64_t end = a.c * a.s, stride = int64_t{gridDim.x} * blockDim.x * E;
   for (Place at{blockIdx.y, 0, end, a.s}; at.sample < a.n; at.sample += gridDim.y) {
     const Stream stream = stream_of(a.seeds[at.sample], static_cast<uint32_t>(a.draw), static_cast<uint32_t>(a.domain));
@@ -31,12 +33,12 @@ __global__ void __launch_bounds__(256, 2) forms(AddNoise a, Lie lie, Lie to) {
   }
 }
 
-template <class A, class T> void launch(const AddNoise& a, cudaStream_t stream) {
+template <class A, class T> cudaError_t queue(const AddNoise& a, cudaStream_t stream) {
   constexpr int E = sizeof(T) == 2 ? 8 : 4;
   const View out{a.out, a.c * a.s, a.s, 1, a.x0.dtype};
   const bool whole = a.c * a.s % E == 0;
   const Lie lie = lie_of(a.x0, a.c, a.s, 1, E, whole), to = lie_of(out, a.c, a.s, 1, E, whole);
-  forms<E, A, T><<<grid_of((a.c * a.s + E - 1) / E, a.n), 256, 0, stream>>>(a, lie, to);
+  return launch<forms<E, A, T>>({grid_of((a.c * a.s + E - 1) / E, a.n), 256, stream}, a, lie, to);
 }
 
 }  // namespace
@@ -44,13 +46,12 @@ template <class A, class T> void launch(const AddNoise& a, cudaStream_t stream) 
 const char* add_noise_cuda(const AddNoise& a, void* stream) {
   const auto s = static_cast<cudaStream_t>(stream);
   switch (a.x0.dtype) {
-    case Dtype::f32: launch<float, float>(a, s); break;
-    case Dtype::bf16: launch<float, __nv_bfloat16>(a, s); break;
-    case Dtype::f16: launch<float, __half>(a, s); break;
-    case Dtype::f64: launch<double, double>(a, s); break;
+    case Dtype::f32: return text_of(queue<float, float>(a, s));
+    case Dtype::bf16: return text_of(queue<float, __nv_bfloat16>(a, s));
+    case Dtype::f16: return text_of(queue<float, __half>(a, s));
+    case Dtype::f64: return text_of(queue<double, double>(a, s));
   }
-  const cudaError_t error = cudaGetLastError();
-  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+  return text_of(cudaErrorInvalidValue);
 }
 
 }  // namespace fastdiff

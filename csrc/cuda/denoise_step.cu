@@ -1,6 +1,7 @@
 // denoise_step on CUDA: a thread's share of the image from device memory once and back once, the row's coefficients read on
 // the device. Formula: fastdiff/ops/denoise_step.py.
 #include "cuda/denoise_step.h"
+#include "cuda/launch.cuh"
 #include "cuda/memory.cuh"
 #include "cuda/philox.cuh"
 
@@ -57,6 +58,7 @@ __device__ View slot(const DenoiseStep& a, int j) {
 // of which are channels-last.
 template <int C, int E, class A, class T>
 __global__ void __launch_bounds__(256) step(DenoiseStep a, Lies lie) {
+  begin();
   const int64_t end = C == 1 ? a.c * a.s : a.s, stride = int64_t{gridDim.x} * blockDim.x * E;
   for (Place at{blockIdx.y, 0, end, a.s}; at.sample < a.n; at.sample += gridDim.y) {
     const int64_t row = a.row[a.row_per_sample ? at.sample : 0];
@@ -147,13 +149,13 @@ Lies lies_of(const DenoiseStep& a, int channels, int elements) {
   return l;
 }
 
-template <class A, class T> void launch(const DenoiseStep& a, cudaStream_t stream) {
+template <class A, class T> cudaError_t queue(const DenoiseStep& a, cudaStream_t stream) {
   constexpr int E = sizeof(T) == 2 ? 8 : 4;  // of three channels 4: with 8 the registers of one block fill a multiprocessor
   const Lies alone = lies_of(a, 1, E), three = lies_of(a, 3, 4);
   if constexpr (std::is_same_v<A, float>)
     if (!together(alone) && a.c == 3 && together(three))
-      return step<3, 4, A, T><<<grid_of(a.s / 4, a.n), 256, 0, stream>>>(a, three);
-  step<1, E, A, T><<<grid_of((a.c * a.s + E - 1) / E, a.n), 256, 0, stream>>>(a, alone);
+      return launch<step<3, 4, A, T>>({grid_of(a.s / 4, a.n), 256, stream}, a, three);
+  return launch<step<1, E, A, T>>({grid_of((a.c * a.s + E - 1) / E, a.n), 256, stream}, a, alone);
 }
 
 }  // namespace
@@ -161,13 +163,12 @@ template <class A, class T> void launch(const DenoiseStep& a, cudaStream_t strea
 const char* denoise_step_cuda(const DenoiseStep& a, void* stream) {
   const auto s = static_cast<cudaStream_t>(stream);
   switch (a.net_in.dtype) {
-    case Dtype::f32: launch<float, float>(a, s); break;
-    case Dtype::bf16: launch<float, __nv_bfloat16>(a, s); break;
-    case Dtype::f16: launch<float, __half>(a, s); break;
-    case Dtype::f64: launch<double, double>(a, s); break;
+    case Dtype::f32: return text_of(queue<float, float>(a, s));
+    case Dtype::bf16: return text_of(queue<float, __nv_bfloat16>(a, s));
+    case Dtype::f16: return text_of(queue<float, __half>(a, s));
+    case Dtype::f64: return text_of(queue<double, double>(a, s));
   }
-  const cudaError_t error = cudaGetLastError();
-  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+  return text_of(cudaErrorInvalidValue);
 }
 
 }  // namespace fastdiff

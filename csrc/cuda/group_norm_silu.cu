@@ -6,6 +6,7 @@
 #include <atomic>
 
 #include "cuda/group_norm_silu_block.h"
+#include "cuda/launch.cuh"
 
 namespace fastdiff {
 namespace {
@@ -15,6 +16,7 @@ static_assert(kThreads == 256);
 template <class T, bool silu, bool given>
 __global__ void __launch_bounds__(256, 2) normalise(const __grid_constant__ GroupNormSiluCuda a,
                                                     const __grid_constant__ NormPlan p) {
+  begin();
   extern __shared__ __align__(16) char shared[];
   const NormBlock<T> block(a, p, blockIdx.x, shared);
   const int t = static_cast<int>(threadIdx.x);
@@ -74,7 +76,7 @@ Device device_of(int id) {
 }
 
 template <class T, bool silu, bool given>
-cudaError_t launch(const GroupNormSiluCuda& a, const NormPlan& p, cudaStream_t stream) {
+cudaError_t queue(const GroupNormSiluCuda& a, const NormPlan& p, cudaStream_t stream) {
   int id = 0;
   if (const cudaError_t error = cudaGetDevice(&id)) return error;
   static std::atomic<uint64_t> allowed{0};  // devices where this kernel may have all the shared memory there is
@@ -85,19 +87,13 @@ cudaError_t launch(const GroupNormSiluCuda& a, const NormPlan& p, cudaStream_t s
     if (error) return error;
     allowed |= bit;
   }
-  cudaLaunchConfig_t config{};
-  config.gridDim = static_cast<unsigned>(a.n * p.slices * p.ranks), config.blockDim = kThreads;
-  config.dynamicSmemBytes = static_cast<size_t>(p.shared), config.stream = stream;
-  cudaLaunchAttribute cluster{};
-  cluster.id = cudaLaunchAttributeClusterDimension;
-  cluster.val.clusterDim.x = static_cast<unsigned>(p.ranks), cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
-  config.attrs = &cluster, config.numAttrs = !given && p.ranks > 1 ? 1 : 0;
-  return cudaLaunchKernelEx(&config, normalise<T, silu, given>, a, p);
+  const auto blocks = static_cast<unsigned>(a.n * p.slices * p.ranks), cluster = given ? 1u : static_cast<unsigned>(p.ranks);
+  return launch<normalise<T, silu, given>>({blocks, kThreads, stream, static_cast<size_t>(p.shared), cluster}, a, p);
 }
 
 template <class T> cudaError_t choose(const GroupNormSiluCuda& a, const NormPlan& p, cudaStream_t s) {
-  if (a.given) return a.silu ? launch<T, true, true>(a, p, s) : launch<T, false, true>(a, p, s);
-  return a.silu ? launch<T, true, false>(a, p, s) : launch<T, false, false>(a, p, s);
+  if (a.given) return a.silu ? queue<T, true, true>(a, p, s) : queue<T, false, true>(a, p, s);
+  return a.silu ? queue<T, true, false>(a, p, s) : queue<T, false, false>(a, p, s);
 }
 
 }  // namespace
@@ -118,7 +114,7 @@ const char* group_norm_silu_cuda(const GroupNormSiluCuda& a, const NormPlan& p, 
     case Dtype::f16: error = choose<float16>(a, p, s); break;
     case Dtype::f64: break;
   }
-  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+  return text_of(error);
 }
 
 }  // namespace fastdiff

@@ -4,6 +4,7 @@ import torch
 import triton
 import triton.language as tl
 
+from fastdiff.kernels.dependent import begin, dependent
 from fastdiff.kernels.layout import check_float64, signed32, tile, walk
 from fastdiff.kernels.philox import normals
 from fastdiff.ops.add_noise import reference
@@ -28,7 +29,9 @@ def _add_noise(
     FORMS: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_Q: tl.constexpr,
+    PDL: tl.constexpr,
 ):
+    begin(PDL)
     program = tl.program_id(0)
     sample = (program // tiles).to(tl.int64)
     c = (program % tiles % tiles_c).to(tl.int64) * BLOCK_C + tl.arange(0, BLOCK_C)[:, None]  # [BLOCK_C, 1]
@@ -81,5 +84,6 @@ def add_noise(x0, seeds, coefficients, draw, domain):
             BLOCK_C=block_c,
             BLOCK_Q=block_q,
             enable_fp_fusion=False,
+            **dependent(x0),
         )
     return out

@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 
 from fastdiff.kernels import group_norm as gn
+from fastdiff.kernels.dependent import begin, dependent
 from fastdiff.kernels.group_norm_attention import merged, statistics
 from fastdiff.kernels.group_norm_silu import normalise
 from fastdiff.kernels.layout import planes
@@ -72,7 +73,9 @@ def _multiply(
     BLOCK_P: tl.constexpr,
     BLOCK_O: tl.constexpr,
     BLOCK_I: tl.constexpr,
+    PDL: tl.constexpr,
 ):
+    begin(PDL)
     OUT: tl.constexpr = y.dtype.element_ty
     first_o = tl.program_id(0) % tiles_o * BLOCK_O
     tile_p = tl.program_id(0) // tiles_o
@@ -172,7 +175,7 @@ def conv3x3(
     with torch.cuda.device_of(x):
         _multiply[(tiles_p * tiles_o,)](
             h, packed, tails, rows, more, y, partial, out_scale, height, width, n * pixels, outputs, pitch,
-            packed.shape[1], bias_n, tiles_o, *planes(more), *planes(y), **flags, **options,
+            packed.shape[1], bias_n, tiles_o, *planes(more), *planes(y), **flags, **options, **dependent(x),
         )  # fmt: skip
         if fused:
             return y, merged(partial), of_x

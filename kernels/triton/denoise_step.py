@@ -4,6 +4,7 @@ import torch
 import triton
 import triton.language as tl
 
+from fastdiff.kernels.dependent import begin, dependent
 from fastdiff.kernels.layout import check_float64, tile, walk
 from fastdiff.kernels.philox import normals
 from fastdiff.ops.denoise_step import HISTORY, C, K, reference
@@ -75,7 +76,9 @@ def _denoise_step(
     READ: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_Q: tl.constexpr,
+    PDL: tl.constexpr,
 ):
+    begin(PDL)
     program = tl.program_id(0)
     sample = (program // tiles).to(tl.int64)
     c = (program % tiles % tiles_c).to(tl.int64) * BLOCK_C + tl.arange(0, BLOCK_C)[:, None]  # [BLOCK_C, 1]
@@ -171,7 +174,7 @@ def denoise_step(x, F, saved, history, net_in, seeds, coefficients, codes, row, 
             *strides[0], *strides[-1], *strides[len(state)], history.stride(0), batch * net_in.stride(0),
             HAS_F=F is not None, HAS_F_U=F_u is not None, HAS_V=V is not None, COPIES=net_in.shape[0] // batch,
             HAS_SAVED=saved.numel() > 0, SLOTS=history.shape[0], READ=min(history.shape[0], HISTORY),
-            BLOCK_C=block_c, BLOCK_Q=block_q, enable_fp_fusion=False,
+            BLOCK_C=block_c, BLOCK_Q=block_q, enable_fp_fusion=False, **dependent(x),
         )  # fmt: skip
     return None
 

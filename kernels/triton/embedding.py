@@ -6,6 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
+from fastdiff.kernels.dependent import begin, dependent
 from fastdiff.kernels.layout import check_float64
 from fastdiff.kernels.philox import quarter_turns
 from fastdiff.ops.embedding import reference
@@ -24,7 +25,9 @@ def _embedding(
     cos_at,
     TURNS: tl.constexpr,  # quarter turns in a radian, times scale; an ordinary float argument would be float32
     BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
 ):
+    begin(PDL)
     program = tl.program_id(0)
     b = (program // tiles).to(tl.int64)
     i = program % tiles * BLOCK + tl.arange(0, BLOCK)
@@ -52,6 +55,6 @@ def embedding(t, freqs, scale, sin_first, dtype):
         _embedding[(t.shape[0] * tiles,)](
             t.contiguous(), freqs.contiguous(), out, size, tiles,
             0 if sin_first else size, size if sin_first else 0, scale * 2 / math.pi, BLOCK,
-            num_warps=1, enable_fp_fusion=False,
+            num_warps=1, enable_fp_fusion=False, **dependent(t),
         )  # fmt: skip
     return out

@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 
 from fastdiff.kernels import group_norm as gn
+from fastdiff.kernels.dependent import begin, dependent
 from fastdiff.kernels.group_norm import reciprocal_std, store_pair
 from fastdiff.kernels.group_norm_silu import _merge, _partial
 from fastdiff.kernels.layout import check_float64, planes
@@ -19,7 +20,8 @@ WIDEST = 256  # channels of a head whose results one program sums
 
 
 @triton.jit
-def _statistics(partial, stats, groups, tiles_g, chunks, BLOCK_G: tl.constexpr, MERGE: tl.constexpr):
+def _statistics(partial, stats, groups, tiles_g, chunks, BLOCK_G: tl.constexpr, MERGE: tl.constexpr, PDL: tl.constexpr):
+    begin(PDL)
     n = (tl.program_id(0) // tiles_g).to(tl.int64)
     first_g = tl.program_id(0) % tiles_g * BLOCK_G
     mean, var = _merge(partial, n, first_g, groups, chunks, BLOCK_G, MERGE)
@@ -49,7 +51,9 @@ def _project_in(
     BLOCK_P: tl.constexpr,
     BLOCK_F: tl.constexpr,
     BLOCK_C: tl.constexpr,
+    PDL: tl.constexpr,
 ):
+    begin(PDL)
     program = tl.program_id(0)
     n = (program // tiles_f // tiles_p).to(tl.int64)
     p = program // tiles_f % tiles_p * BLOCK_P + tl.arange(0, BLOCK_P).to(tl.int64)
@@ -104,7 +108,9 @@ def _attend(
     BLOCK_J: tl.constexpr,  # keys
     BLOCK_D: tl.constexpr,  # channels of q and k at a time
     BLOCK_V: tl.constexpr,
+    PDL: tl.constexpr,
 ):
+    begin(PDL)
     program = tl.program_id(0)
     heads = inner // HEAD
     i = program % tiles_i * BLOCK_I + tl.arange(0, BLOCK_I).to(tl.int64)
@@ -160,7 +166,9 @@ def _project_out(
     BLOCK_P: tl.constexpr,
     BLOCK_F: tl.constexpr,
     BLOCK_C: tl.constexpr,
+    PDL: tl.constexpr,
 ):
+    begin(PDL)
     program = tl.program_id(0)
     n = (program // tiles_f // tiles_p).to(tl.int64)
     p = program // tiles_f % tiles_p * BLOCK_P + tl.arange(0, BLOCK_P).to(tl.int64)
@@ -188,7 +196,9 @@ def statistics(x, groups):
     chunks = shape.chunks(tiles, shape.n * shape.tiles_g)
     partial = x.new_empty((shape.n, groups, chunks, 3), dtype=torch.float32)
     counts = (groups, shape.pixels, shape.tiles_g, shape.tiles_j, tiles, chunks)
-    _partial[(shape.n * shape.tiles_g * chunks,)](x, x, partial, *counts, *planes(x), HAS_ADD=False, **shape.options())
+    _partial[(shape.n * shape.tiles_g * chunks,)](
+        x, x, partial, *counts, *planes(x), HAS_ADD=False, **shape.options(), **dependent(x)
+    )
     return merged(partial, shape.block_g)
 
 
@@ -198,8 +208,9 @@ def merged(partial, block_g=1):
     stats, tiles_g = partial.new_empty((n, groups, 2)), triton.cdiv(groups, block_g)
     merge = triton.next_power_of_2(chunks)
     _statistics[(n * tiles_g,)](
-        partial, stats, groups, tiles_g, chunks, BLOCK_G=block_g, MERGE=merge, num_warps=1, enable_fp_fusion=True
-    )
+        partial, stats, groups, tiles_g, chunks, BLOCK_G=block_g, MERGE=merge, num_warps=1, enable_fp_fusion=True,
+        **dependent(partial),
+    )  # fmt: skip
     return stats
 
 
@@ -252,16 +263,17 @@ def group_norm_attention(
         norm = (norm_weight.contiguous(), norm_bias.contiguous(), stats)
         _project_in[(n * counts[0] * counts[1],)](
             source, *norm, qkv_weight, gn.dense(qkv_bias, source), qkv, eps, pixels, c, 3 * inner, *counts, *planes(source),
-            CHANNELS=c // groups, HAS_BIAS=qkv_bias is not None, **tiles,
+            CHANNELS=c // groups, HAS_BIAS=qkv_bias is not None, **tiles, **dependent(x),
         )  # fmt: skip
         tiles = _head_tiles(pixels, d, x.dtype)
         tiles_i = triton.cdiv(pixels, tiles["BLOCK_I"])
-        _attend[(n * heads * tiles["PARTS"] * tiles_i,)](qkv, a, scale * LOG2_E, pixels, inner, tiles_i, **tiles)
+        grid = (n * heads * tiles["PARTS"] * tiles_i,)
+        _attend[grid](qkv, a, scale * LOG2_E, pixels, inner, tiles_i, **tiles, **dependent(x))
         tiles = _tiles(pixels, c, n, inner, x.dtype)
         counts = (triton.cdiv(pixels, tiles["BLOCK_P"]), triton.cdiv(c, tiles["BLOCK_F"]))
         _project_out[(n * counts[0] * counts[1],)](
             a, source, out_weight, gn.dense(out_bias, source), result, out_scale, pixels, c, inner, *counts,
-            *planes(source), *planes(result), HAS_BIAS=out_bias is not None, **tiles,
+            *planes(source), *planes(result), HAS_BIAS=out_bias is not None, **tiles, **dependent(x),
         )  # fmt: skip
     if result is not y:
         y.copy_(result)

@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 
 from fastdiff.kernels import group_norm as gn
+from fastdiff.kernels.dependent import begin, dependent
 from fastdiff.kernels.group_norm import (
     affine,
     inverse_sigmoid,
@@ -70,7 +71,9 @@ def _whole(
     BLOCK_W: tl.constexpr,
     BLOCK_P: tl.constexpr,
     LAST: tl.constexpr,
+    PDL: tl.constexpr,
 ):
+    begin(PDL)
     n = (tl.program_id(0) // tiles_g).to(tl.int64)
     first_g = tl.program_id(0) % tiles_g * BLOCK_G
     c, known, member = window(first_g, 0, groups, CHANNELS, BLOCK_G, BLOCK_W)
@@ -114,7 +117,9 @@ def _partial(
     BLOCK_W: tl.constexpr,
     BLOCK_P: tl.constexpr,
     LAST: tl.constexpr,
+    PDL: tl.constexpr,
 ):
+    begin(PDL)
     program = tl.program_id(0)
     chunk = (program % chunks).to(tl.int64)
     n = (program // chunks // tiles_g).to(tl.int64)
@@ -198,7 +203,9 @@ def _apply(
     BLOCK_W: tl.constexpr,
     BLOCK_P: tl.constexpr,
     LAST: tl.constexpr,
+    PDL: tl.constexpr,
 ):
+    begin(PDL)
     program = tl.program_id(0)
     chunk = (program % chunks).to(tl.int64)
     n = (program // chunks // tiles_g).to(tl.int64)
@@ -253,7 +260,7 @@ def normalise(y, x, weight, bias, groups, eps, add, scale, shift, stats, silu, f
         if not given and shape.size <= gn.WHOLE:
             _whole[(shape.n * shape.tiles_g,)](
                 *tensors, y, stats, factor, eps, groups, shape.pixels, shape.tiles_g, *planes(source), *planes(y),
-                **flags, **shape.options(),
+                **flags, **shape.options(), **dependent(x),
             )  # fmt: skip
         else:
             _streamed(tensors, y, stats, factor, eps, groups, given, flags)
@@ -270,6 +277,9 @@ def _streamed(tensors, y, stats, factor, eps, groups, given, flags):
     options = shape.options()
     partial = stats if given else stats.new_empty((shape.n, groups, chunks, 3))
     if not given:
-        _partial[grid](x, tensors[3], partial, *counts, *planes(x), HAS_ADD=flags["HAS_ADD"], **options)
+        _partial[grid](x, tensors[3], partial, *counts, *planes(x), HAS_ADD=flags["HAS_ADD"], **options, **dependent(x))
     merge = 0 if given else triton.next_power_of_2(chunks)
-    _apply[grid](*tensors, y, stats, partial, factor, eps, *counts, *planes(x), *planes(y), MERGE=merge, **flags, **options)
+    _apply[grid](
+        *tensors, y, stats, partial, factor, eps, *counts, *planes(x), *planes(y),
+        MERGE=merge, **flags, **options, **dependent(x),
+    )  # fmt: skip

@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 
 from fastdiff.kernels import group_norm as gn
+from fastdiff.kernels.dependent import begin, dependent
 from fastdiff.kernels.group_norm import (
     affine,
     inverse_sigmoid,
@@ -72,7 +73,9 @@ def _sums(
     BLOCK_W: tl.constexpr,
     BLOCK_P: tl.constexpr,
     LAST: tl.constexpr,
+    PDL: tl.constexpr,
 ):
+    begin(PDL)
     program = tl.program_id(0)
     chunk = (program % chunks).to(tl.int64)
     rest = program // chunks
@@ -127,8 +130,10 @@ def _fold(
     HAS_SHIFT: tl.constexpr,
     CHANNELS: tl.constexpr,
     BLOCK_J: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """One program per sample and group: chunks in order, then channels."""
+    begin(PDL)
     n = (tl.program_id(0) // groups).to(tl.int64)
     g = tl.program_id(0) % groups
     wide = groups * CHANNELS
@@ -204,7 +209,9 @@ def _dx(
     BLOCK_W: tl.constexpr,
     BLOCK_P: tl.constexpr,
     LAST: tl.constexpr,
+    PDL: tl.constexpr,
 ):
+    begin(PDL)
     program = tl.program_id(0)
     first_p = (program % tiles_p).to(tl.int64) * BLOCK_P
     rest = program // tiles_p
@@ -254,14 +261,14 @@ def group_norm_silu_backward(dy, x, weight, bias, groups, eps, add, scale, shift
     group, outer = torch.empty_like(stats), stats.new_empty((2, *x.shape[:2]))
     tensors = (dy, x, weight, bias, add, scale, shift, stats)
     with torch.cuda.device_of(x):
-        _sums[(programs * chunks,)](*tensors, sums, eps, *counts, chunks, *planes(dy), *planes(x), **flags)
+        _sums[(programs * chunks,)](*tensors, sums, eps, *counts, chunks, *planes(dy), *planes(x), **flags, **dependent(x))
         _fold[(shape.n * groups,)](
             sums, weight, bias, scale, stats, group, outer, *small, eps, groups, shape.pixels, chunks,
             **has, CHANNELS=shape.channels, BLOCK_J=triton.next_power_of_2(shape.channels), num_warps=1,
-            enable_fp_fusion=True,
+            enable_fp_fusion=True, **dependent(x),
         )  # fmt: skip
         _dx[(programs * shape.tiles_p,)](
-            *tensors, group, result, eps, *counts, *planes(dy), *planes(x), *planes(result), **flags
+            *tensors, group, result, eps, *counts, *planes(dy), *planes(x), *planes(result), **flags, **dependent(x)
         )
     if result is not dx:
         dx.copy_(result)

@@ -4,6 +4,7 @@ import torch
 import triton
 import triton.language as tl
 
+from fastdiff.kernels.dependent import begin, dependent
 from fastdiff.kernels.layout import check_float64, tile, walk
 from fastdiff.kernels.philox import normals
 from fastdiff.ops.langevin_step import L, Norms, reference
@@ -60,7 +61,9 @@ def _sums(
     f_p,
     BLOCK_C: tl.constexpr,
     BLOCK_Q: tl.constexpr,
+    PDL: tl.constexpr,
 ):
+    begin(PDL)
     program = tl.program_id(0)
     sample = (program // chunks).to(tl.int64)
     start = program % chunks * per
@@ -88,8 +91,9 @@ def _squares(parts, b, batch, chunks, PARTS: tl.constexpr):
 
 
 @triton.jit
-def _mean_ratio(parts, ratio, batch, chunks, BLOCK: tl.constexpr, PARTS: tl.constexpr):
+def _mean_ratio(parts, ratio, batch, chunks, BLOCK: tl.constexpr, PARTS: tl.constexpr, PDL: tl.constexpr):
     """(mean ||z|| / mean ||score||)^2 over the batch, in one program."""
+    begin(PDL)
     of_z = tl.zeros([BLOCK], tl.float32)
     of_score = tl.zeros([BLOCK], tl.float32)
     for first in range(0, batch, BLOCK):
@@ -134,7 +138,9 @@ def _step(
     PARTS: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_Q: tl.constexpr,
+    PDL: tl.constexpr,
 ):
+    begin(PDL)
     program = tl.program_id(0)
     sample = (program // tiles).to(tl.int64)
     c, p, inside, now, score, z, coefficient = _tile_of(
@@ -196,12 +202,14 @@ def langevin_step(x, F, net_in, mean, seeds, coefficients, draws, row, norms):
                 *strides[0],
                 *strides[1],
                 **blocks,
+                **dependent(x),
             )
         if norms == Norms.BATCH:
-            _mean_ratio[(1,)](parts, ratio, batch, chunks, BLOCK=32, PARTS=PARTS, enable_fp_fusion=False)
+            _mean_ratio[(1,)](parts, ratio, batch, chunks, BLOCK=32, PARTS=PARTS, enable_fp_fusion=False, **dependent(x))
         _step[(batch * tiles,)](
             x, F, net_in, kept, *tables, row_b, parts, ratio, channels, pixels, tiles_c, tiles, batch, chunks,
             *strides[0], *strides[1], *strides[2], NORMS=int(norms), HAS_MEAN=mean is not None, PARTS=PARTS, **blocks,
+            **dependent(x),
         )  # fmt: skip
     return None
 

@@ -4,6 +4,7 @@ import torch
 import triton
 import triton.language as tl
 
+from fastdiff.kernels.dependent import begin, dependent
 from fastdiff.kernels.layout import check_float64, signed32
 from fastdiff.kernels.philox import normals
 from fastdiff.ops.philox_normal import reference
@@ -20,7 +21,9 @@ def _philox_normal(
     draw,
     domain,
     BLOCKS: tl.constexpr,
+    PDL: tl.constexpr,
 ):
+    begin(PDL)
     program = tl.program_id(0)
     sample = (program // tiles).to(tl.int64)
     first = (program % tiles).to(tl.int64) * BLOCKS
@@ -43,6 +46,7 @@ def philox_normal(seeds, draw, domain, shape, dtype):
     tiles = triton.cdiv(size, 4 * BLOCKS)
     with torch.cuda.device_of(out):
         _philox_normal[(seeds.shape[0] * tiles,)](
-            out, seeds.contiguous(), size, tiles, signed32(draw), signed32(domain), BLOCKS, enable_fp_fusion=False
-        )
+            out, seeds.contiguous(), size, tiles, signed32(draw), signed32(domain), BLOCKS, enable_fp_fusion=False,
+            **dependent(out),
+        )  # fmt: skip
     return out

@@ -8,6 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
+from fastdiff.kernels.dependent import begin, dependent
 from fastdiff.kernels.layout import check_float64
 from fastdiff.ops._layout import image
 from fastdiff.ops.resample import reference
@@ -125,7 +126,9 @@ def _resample_last(
     WIDE: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_P: tl.constexpr,
+    PDL: tl.constexpr,
 ):
+    begin(PDL)
     program = tl.program_id(0)
     n = (program // tiles_p // tiles_c).to(tl.int64)
     c = program // tiles_p % tiles_c * BLOCK_C + tl.arange(0, BLOCK_C)[None, :].to(tl.int64)
@@ -162,7 +165,9 @@ def _resample_rows(
     WIDE: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_P: tl.constexpr,
+    PDL: tl.constexpr,
 ):
+    begin(PDL)
     program = tl.program_id(0)
     n = (program // tiles_p // tiles_c).to(tl.int64)
     c = program // tiles_p % tiles_c * BLOCK_C + tl.arange(0, BLOCK_C)[:, None].to(tl.int64)
@@ -200,6 +205,6 @@ def resample(x, taps, up, down, p0, height, width):
     (_resample_last if last else _resample_rows)[(n * tiles_c * tiles_p,)](
         x, taps.contiguous(), y, c, pixels, width, tiles_c, tiles_p, start + up * skipped, skipped, h, w, *x.stride(),
         UP=up, DOWN=down, COUNT=taps.shape[0], UNROLLED=UNROLLED, WIDE=wide, BLOCK_C=block_c, BLOCK_P=block_p,
-        num_warps=min(4, max(1, block_c * block_p // 256)), enable_fp_fusion=True,
+        num_warps=min(4, max(1, block_c * block_p // 256)), enable_fp_fusion=True, **dependent(x),
     )  # fmt: skip
     return y

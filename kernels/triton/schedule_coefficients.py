@@ -4,6 +4,7 @@ import torch
 import triton
 import triton.language as tl
 
+from fastdiff.kernels.dependent import begin, dependent
 from fastdiff.ops.schedule_coefficients import Column, Law, Target
 
 VE, VP, SUB_VP, TABLE = (tl.constexpr(int(v)) for v in (Law.VE, Law.VP, Law.SUB_VP, Law.TABLE))
@@ -102,7 +103,9 @@ def _schedule_coefficients(
     RAW: tl.constexpr,
     SLOPES: tl.constexpr,
     BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
 ):
+    begin(PDL)
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     known = i < size
     now = tl.load(t + i, mask=known, other=0.5).to(tl.float64)
@@ -175,6 +178,6 @@ def schedule_coefficients(t, table, law, target, p0, p1, sigma_data, shift, time
         _schedule_coefficients[(triton.cdiv(t.numel(), BLOCK),)](
             t.contiguous(), t if table is None else table.contiguous(), out, t.numel(), last,
             law, target, p0, p1, sigma_data, shift, time_scale, raw, slopes, BLOCK, num_warps=2,
-            enable_fp_fusion=True,
+            enable_fp_fusion=True, **dependent(t),
         )  # fmt: skip
     return out

@@ -32,7 +32,7 @@ def kernels():
 
 def compiled(out, every=True):
     """The facts that compile_ahead.py writes to `out`: every case for every architecture, or as it says."""
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "FASTDIFF_PDL")}
     environment["PYTHONPATH"] = os.pathsep.join(p for p in sys.path if p)
     program = Path(__file__).with_name("compile_ahead.py")
     options = ["--every"] if every else []

@@ -31,6 +31,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
+from fastdiff.kernels.dependent import keywords
+
 TYPES = {
     torch.float64: "*fp64",
     torch.float32: "*fp32",
@@ -42,7 +44,7 @@ TYPES = {
     torch.uint8: "*u8",
     torch.bool: "*i1",
 }
-OPTIONS = ("num_warps", "num_stages", "num_ctas", "enable_fp_fusion")
+OPTIONS = ("num_warps", "num_stages", "num_ctas", "enable_fp_fusion", "launch_pdl")
 AHEAD = Path(__file__).with_name("ahead")
 
 MAIN = 90
@@ -94,20 +96,19 @@ def machine_code(cubin):
 
 
 def record(self, *args, grid, warmup=False, **kwargs):
-    """Stands in for JITFunction.run."""
-    options = {key: kwargs.pop(key) for key in OPTIONS if key in kwargs}
-    arguments = dict(zip(self.arg_names, args, strict=False)) | kwargs
-    defaults = {p.name: p.default for p in self.params if p.has_default}
+    """Stands in for JITFunction.run. The launchers see CPU tensors: what depends on the GPU is put in its place here."""
+    given = {p.name: p.default for p in self.params if p.has_default}
+    given |= dict(zip(self.arg_names, args, strict=False)) | kwargs
     seen = any((f["op"], f["kernel"]) == (now["op"], self.__name__) for f in facts)
     for architecture in now["architectures"]:
         if seen and architecture != MAIN and not now["every"]:
             continue
-        made = triton.compile(
-            source(self, defaults | arguments), target=GPUTarget("cuda", architecture, 32), options=options
-        )
+        arguments = given | (keywords(divmod(architecture, 10)) if "PDL" in kwargs else {})
+        options = {key: arguments.pop(key) for key in OPTIONS if key in arguments}
+        made = triton.compile(source(self, arguments), target=GPUTarget("cuda", architecture, 32), options=options)
         fact = {key: now[key] for key in ("op", "case", "noise")}
         fact |= {"kernel": self.__name__, "architecture": architecture, "options": options}
-        fact |= {"threads": 32 * made.metadata.num_warps, "shared": made.metadata.shared}
+        fact |= {"threads": 32 * made.metadata.num_warps, "shared": made.metadata.shared, "pdl": made.metadata.launch_pdl}
         cubin = made.asm["cubin"]
         if cubin not in readings:
             readings[cubin] = pool.submit(machine_code, cubin)

@@ -22,6 +22,12 @@ A cell is registers per thread / bytes of shared memory per block / theoretical 
 warps that can be resident, by the limits in `tests/kernels/occupancy.py`. A dash: not compiled for that architecture. No
 kernel spills registers, except where a note says so; `tests/kernels/test_compile_ahead.py` and `test_cuda_machine_code.py`
 hold that.
+
+On GPUs of compute capability 9.0 and later every kernel is launched by programmatic dependent launch: its blocks are placed
+while the kernel in front of it still runs, and wait for the end of that one (`griddepcontrol.wait`) before they touch global
+memory. `kernels/triton/dependent.py` has the rule and why it suffices. `csrc/cuda/launch.cuh` does the same for CUDA C++;
+there the version of the code decides, not the GPU, for PTX of sm_80 waits nowhere. The tests above hold that every kernel's
+code waits, and that sm_80's has none of it. `FASTDIFF_PDL=0` launches without. No GPU has run it: unmeasured.
 """
 
 

@@ -114,6 +114,33 @@ def _blocks(sass: list[str]):
         yield first, end, ends.get(end - 1, [end])
 
 
+def _late(op: str) -> bool:
+    """Whether an operation must follow griddepcontrol.wait: global memory, launch_dependents, jumps not traced here."""
+    name = op.split(".")[0]
+    if name in ("BRX", "BRXU", "JMP", "JMX", "CALL") or op.startswith("BRA.DIV"):
+        return True
+    return name in ("PREEXIT", "LD", "ST", "RED", "ATOM") or name.startswith(("LDG", "STG", "REDG", "ATOMG", "UTMA", "UBLK"))
+
+
+def unguarded(sass: list[str]) -> list[str]:
+    """What some way through a kernel comes to before ACQBULK, which is griddepcontrol.wait, and must not; "the end" too."""
+    blocks = {first: (end, after) for first, end, after in _blocks(sass)}
+    found, known, ways = [], {0, len(sass)}, [0]
+    while ways:
+        first = ways.pop()
+        end, after = blocks[first]
+        for line, op in zip(sass[first:end], operations(sass[first:end]), strict=True):
+            if op == "ACQBULK" and "@" not in line:
+                break
+            if _late(op):
+                found.append(line)
+        else:
+            found += ["the end"] * (len(sass) in after)
+            ways += [to for to in after if to not in known]
+            known.update(after)
+    return found
+
+
 def main_path(sass: list[str], passed: dict[str, int]) -> int:
     """Instructions on the shortest way through a kernel that passes exactly so many that match each pattern."""
     blocks, patterns = {}, list(passed)

@@ -29,6 +29,22 @@ def test_every_kernel_is_compiled_for_its_architectures(facts):
     assert ahead_cases.kernels() == {f["kernel"] for f in facts}, "a case in ahead/<op>.py for each kernel that is launched"
 
 
+def test_dependent_launches_wait_first(facts):
+    """And let the next kernel be placed only then, their own tensor memory in hand: see dependent.py."""
+    early = re.compile(r"\b(?:ld\.global|st\.global|cp\.async|atom|red|bra|brx|call|ret|exit)\b")
+    for f in facts:
+        ptx = re.sub(r"//.*", "", f["ptx"])
+        words = re.findall(r"griddepcontrol\.\w+", ptx)
+        if f["architecture"] < 90:
+            assert not f["pdl"] and not words, where(f)
+            continue
+        assert f["pdl"] and words == ["griddepcontrol.wait", "griddepcontrol.launch_dependents"], where(f)
+        assert not early.search(ptx.split(words[0])[0]), where(f)
+        assert "tcgen05.alloc" not in ptx.split(words[1])[1], where(f)
+        assert not machine_code.unguarded(f["sass"]), where(f)
+    assert any("tcgen05.alloc" in f["ptx"] for f in facts)
+
+
 def test_noise_is_not_contracted_or_approximated(facts):
     """What the interpreter cannot see: one fused multiply-add changes 1 % of the noise's bits."""
     noise = [f for f in facts if f["noise"]]

@@ -40,6 +40,14 @@ def test_no_spills(facts):
         assert f["local"] == 0 and f["stack"] == 0 and not machine_code.spills(f["sass"]), where(f)
 
 
+def test_dependent_launches_wait_first(facts):
+    """ACQBULK is griddepcontrol.wait, PREEXIT launch_dependents."""
+    for f in facts:
+        ops = machine_code.operations(f["sass"])
+        assert ops.count("ACQBULK") == ops.count("PREEXIT") == (f["architecture"] >= 90), where(f)
+        assert f["architecture"] < 90 or not machine_code.unguarded(f["sass"]), where(f)
+
+
 def test_wide_accesses(source, facts):
     narrow = declared("NARROW").get(source.stem, {})
     for f in facts:
