@@ -115,30 +115,35 @@ def _blocks(sass: list[str]):
 
 
 def _late(op: str) -> bool:
-    """Whether an operation must follow griddepcontrol.wait: global memory, launch_dependents, jumps not traced here."""
+    """Whether an operation must follow griddepcontrol.wait: it accesses global memory, or is launch_dependents."""
     name = op.split(".")[0]
-    if name in ("BRX", "BRXU", "JMP", "JMX", "CALL") or op.startswith("BRA.DIV"):
-        return True
     return name in ("PREEXIT", "LD", "ST", "RED", "ATOM") or name.startswith(("LDG", "STG", "REDG", "ATOMG", "UTMA", "UBLK"))
 
 
 def unguarded(sass: list[str]) -> list[str]:
-    """What some way through a kernel comes to before ACQBULK, which is griddepcontrol.wait, and must not; "the end" too."""
-    blocks = {first: (end, after) for first, end, after in _blocks(sass)}
-    found, known, ways = [], {0, len(sass)}, [0]
+    """What must not, and on some way through a kernel does, come before ACQBULK, which is griddepcontrol.wait.
+
+    Ends count, and jumps to an address in a register. The routine that is called is gone through, and so is what follows.
+    """
+    index, ops = {int(line.split()[0], 16): i for i, line in enumerate(sass)}, operations(sass)
+    found, known, ways = set(), set(), [0]
     while ways:
-        first = ways.pop()
-        end, after = blocks[first]
-        for line, op in zip(sass[first:end], operations(sass[first:end]), strict=True):
-            if op == "ACQBULK" and "@" not in line:
-                break
-            if _late(op):
-                found.append(line)
-        else:
-            found += ["the end"] * (len(sass) in after)
-            ways += [to for to in after if to not in known]
-            known.update(after)
-    return found
+        i = ways.pop()
+        if i in known:
+            continue
+        known.add(i)
+        line, name = sass[i], ops[i].split(".")[0]
+        conditional = "@" in line or (name == "BRA" and "," in line)
+        if name == "ACQBULK" and not conditional:
+            continue
+        to = re.search(r" 0x([0-9a-f]+)$", line) if name in ("BRA", "CALL") else None
+        if name == "EXIT" or _late(ops[i]) or (name in ("BRA", "CALL", "BRX", "BRXU", "JMP", "JMX") and not to):
+            found.add(line)
+        if to:
+            ways.append(index[int(to[1], 16)])
+        if conditional or name not in ("BRA", "EXIT", "RET"):
+            ways.append(i + 1)
+    return sorted(found)
 
 
 def main_path(sass: list[str], passed: dict[str, int]) -> int:

@@ -178,19 +178,23 @@ def test_the_interpreter_and_the_cpu_do_without(module):
 
 
 def test_unguarded():
-    """A branch around the wait, an early end, a wait that not every thread makes, a jump whose end is not known."""
+    """A branch around the wait, an early end, a wait that some threads do not make, routines, a jump that leads anywhere."""
 
     def found(*code):
         return machine_code.unguarded([f"{16 * i:04x} {instruction}" for i, instruction in enumerate(code)])
 
     assert found("LDC R1, c[0x0][0x28]", "ACQBULK", "PREEXIT", "@P0 EXIT", "LDG.E R4, desc[UR4][R2.64]", "EXIT") == []
     assert found("@P0 BRA 0x20", "BAR.SYNC 0x0", "ACQBULK", "PREEXIT", "LDG.E R4, [R2.64]", "EXIT") == []
-    assert found("@P0 BRA 0x20", "ACQBULK", "STG.E [R2.64], R4", "EXIT") == ["0020 STG.E [R2.64], R4", "the end"]
-    assert found("@P0 EXIT", "ACQBULK", "EXIT") == ["the end"]
-    assert found("@P0 ACQBULK", "LDGSTS.E.128 [R2], [R4.64]", "EXIT") == ["0010 LDGSTS.E.128 [R2], [R4.64]", "the end"]
+    assert found("@P0 BRA 0x20", "ACQBULK", "STG.E [R2.64], R4", "EXIT") == ["0020 STG.E [R2.64], R4", "0030 EXIT"]
+    assert found("BRA.U UP0, 0x20", "ACQBULK", "RED.E [R2.64], R4", "EXIT") == ["0020 RED.E [R2.64], R4", "0030 EXIT"]
+    assert found("@P0 EXIT", "ACQBULK", "EXIT") == ["0000 @P0 EXIT"]
+    assert found("@P0 ACQBULK", "LDGSTS.E.128 [R2], [R4.64]", "EXIT") == ["0010 LDGSTS.E.128 [R2], [R4.64]", "0020 EXIT"]
     assert found("PREEXIT", "ACQBULK", "EXIT") == ["0000 PREEXIT"]
-    assert found("CALL.REL.NOINC 0x20", "ACQBULK", "LDG.E R4, [R2.64]", "EXIT") == ["0000 CALL.REL.NOINC 0x20"]
-    assert found("LDG.E R4, [R2.64]", "EXIT") == ["0000 LDG.E R4, [R2.64]", "the end"]
+    assert found("CALL.REL.NOINC 0x30", "ACQBULK", "EXIT", "BPT.TRAP 0x1", "RET.REL.NODEC R4 0x0") == []
+    routine = "CALL.REL.NOINC 0x30", "ACQBULK", "EXIT", "LDG.E R4, [R2.64]", "RET.REL.NODEC R6 0x0"
+    assert found(*routine) == ["0030 LDG.E R4, [R2.64]"]
+    assert found("BRX R2 -0x20", "ACQBULK", "EXIT") == ["0000 BRX R2 -0x20"]
+    assert found("LDG.E R4, [R2.64]", "EXIT") == ["0000 LDG.E R4, [R2.64]", "0010 EXIT"]
 
 
 def chain(kernels, x, seeds, between):
