@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from fastdiff.compile.choose import choose, eight_bits
+from fastdiff.compile.choose_attention import choose_attention
 from fastdiff.compile.fits import obstacle
 from fastdiff.compile.program import Program
 from fastdiff.compile.spill import Spill
@@ -143,5 +144,6 @@ def program_of(
     program = Program(network, dtype, (height, width))
     spill = spill or Spill(network)
     choose(program, batch, choices, packed, spill.put, fast)
+    choose_attention(program, batch, choices)
     program.where = spill.finish()
     return program
