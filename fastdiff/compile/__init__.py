@@ -87,7 +87,8 @@ def compile(
 
     Args:
         model: one whose network is a `fastdiff.UNet`. Any other is returned as it is, with a warning that says why.
-        batch: images per call at which algorithms are compared. Any batch can be computed, with the same bits for an image.
+        batch: images per call at which algorithms are compared. Any batch can be computed, on CPUs with the same bits for an
+            image.
         nfe: evaluations of a plan whose time embeddings are computed now rather than at the first call; `options` as in
             `fastdiff.sample` (sampler=, times=, ...). Unconditional models alone have such.
         quality: "lossless": float32, error at most 2e-5 of the network's output. "high": bfloat16 products with float32
