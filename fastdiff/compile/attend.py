@@ -40,6 +40,7 @@ CHECKS: dict[str, Callable[..., bool]] = {
     "cudnn": torch.backends.cuda.can_use_cudnn_attention,
     "flash": torch.backends.cuda.can_use_flash_attention,
     "efficient": torch.backends.cuda.can_use_efficient_attention,
+    "math": lambda params, debug: torch.backends.cuda.math_sdp_enabled(),
 }
 
 
@@ -54,7 +55,7 @@ class LibraryAttention:
     def __init__(
         self, backend: str, qkv: tuple[Tensor, Tensor], project: tuple[Tensor, Tensor], heads: int, out_scale: float
     ):
-        self.attend, self.check = BACKENDS[backend], CHECKS.get(backend)
+        self.backend, self.attend = backend, BACKENDS[backend]
         self.qkv, self.project, self.heads, self.out_scale = qkv, project, heads, out_scale
         self.bias = project[1] * out_scale
         self.scale = (project[0].shape[1] // heads) ** -0.5
@@ -79,11 +80,9 @@ class LibraryAttention:
 
     def serves(self, x: Tensor) -> bool:
         """Whether PyTorch would take the back end for such an x; nothing is said."""
-        if self.check is None:
-            return True
         n, _, height, width = x.shape
         q, k, v = self._heads(x.new_empty(n * height * width, len(self.qkv[0])), n, height * width)
-        return self.check(torch.backends.cuda.SDPAParams(q, k, v, None, 0.0, False, False), False)
+        return CHECKS[self.backend](torch.backends.cuda.SDPAParams(q, k, v, None, 0.0, False, False), False)
 
 
 def _rows(x: Tensor) -> Tensor:

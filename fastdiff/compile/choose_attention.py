@@ -22,7 +22,7 @@ from fastdiff.ops.group_norm_attention import reference
 # dtype -> back ends beside the fused op, in the order of preference at equal speed. cuDNN and flash have no float32.
 CANDIDATES = {torch.float32: ("efficient", "math"), torch.bfloat16: ("cudnn", "flash", "efficient")}
 # Error of a value, in units of the largest, that is allowed beside twice the fused op's: float32's class as of
-# convolutions, which TF32 misses by 100 times; bfloat16's last place.
+# convolutions, which TF32 exceeds 200 times; bfloat16's last place.
 CLASS = {torch.float32: 1e-6, torch.bfloat16: 2.0**-8}
 # How a back end refuses: what PyTorch or CUDA raises, memory included; or it is another PyTorch, which calls it otherwise.
 REFUSALS = (RuntimeError, TypeError, AttributeError)
@@ -32,9 +32,19 @@ def candidates(step: Attention, program: Program) -> list[str]:
     """The algorithms that may compute the step here, the fused op first."""
     if program.device.type not in TIMERS:
         return [FUSED]
+    return [FUSED, *(name for name in CANDIDATES.get(program.dtype, ()) if _is_taken(name, step, program))]
+
+
+def _is_taken(name: str, step: Attention, program: Program) -> bool:
+    """Whether PyTorch would take the back end, now; "math" where scores take no more memory than q, k and v."""
     height, width = program.sizes[step.name]
-    few = height * width * step.heads <= len(step.qkv[0])  # scores take no more memory than q, k and v
-    return [FUSED, *(name for name in CANDIDATES.get(program.dtype, ()) if name != "math" or few)]
+    if name == "math" and height * width * step.heads > len(step.qkv[0]):
+        return False
+    x = step.qkv[0].new_empty(1, len(step.project[0]), height, width)
+    try:
+        return LibraryAttention(name, step.qkv, step.project, step.heads, step.out_scale).serves(x)
+    except REFUSALS:
+        return False
 
 
 def bind(step: Attention, algorithm: str) -> None:
@@ -97,10 +107,8 @@ Recorded = tuple[Callable[[], None], Values]
 def _recorded(step: Attention, name: str, x: Tensor, timer: Timer) -> Recorded | None:
     """What replays the step, and its values; None where it is refused."""
     step, v = dataclasses.replace(step), [x, None]
+    bind(step, name)
     try:
-        bind(step, name)
-        if step.library is not None and not step.library.serves(x):
-            return None
         return timer.record(lambda: step.run(v, [])), v
     except REFUSALS:
         return None

@@ -145,9 +145,11 @@ def test_pytorch_is_asked(monkeypatch, backend, says):
     assert params.query.shape == (2, 4, 64, 8) and params.key.stride() == params.query.stride() == (64 * 96, 8, 96, 1)
 
 
-def test_what_pytorch_has_no_check_for():
+def test_math_can_be_switched_off(monkeypatch):
     x, step = case(2, 64, 64, 4, 32, (8, 8))
     assert by(step, "math").library.serves(x) is True
+    monkeypatch.setattr(torch.backends.cuda, "math_sdp_enabled", lambda: False)
+    assert by(step, "math").library.serves(x) is False
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU, whose back ends these are")

@@ -211,8 +211,12 @@ def test_what_refuses_is_out(clock, error):
 
 def test_what_pytorch_would_not_take_is_not_called(clock, monkeypatch):
     install = clock()
+    assert chosen() == {"cudnn"}
     monkeypatch.setitem(attend.CHECKS, "cudnn", lambda params, debug: False)
-    assert chosen() == {"flash"} and "cudnn" not in install.recorded
+    install.recorded.clear()
+    assert chosen() == {"flash"} and set(install.recorded) == {FUSED, "flash", "efficient"}, "what was kept is no answer now"
+    monkeypatch.setitem(attend.CHECKS, "flash", raising(TypeError("another PyTorch")))
+    assert chosen() == {"efficient"}
 
 
 def test_what_cannot_be_captured_is_out(clock):
@@ -341,18 +345,19 @@ def test_nothing_is_measured_on_cpus(monkeypatch, tmp_path):
     assert "attention" not in path.read_text()
 
 
-def test_scores_are_kept_in_memory_where_they_are_few():
-    """ "math": of a large image they would be many times q, k and v."""
+def test_scores_are_kept_in_memory_where_they_are_few(monkeypatch):
+    """Of a large image they would be many times q, k and v."""
+    for name in NAMES:
+        monkeypatch.setitem(attend.CHECKS, name, lambda params, debug: True)
     program = program_of(awake(CONFIG), torch.float32, choices={})
     program.network.to("meta")
     step = program.attentions[0]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(choosing.TIMERS, "meta", None)
-        assert choosing.candidates(step, program) == [FUSED, "efficient", "math"]
-        program.sizes[step.name] = (8, 8)
-        assert choosing.candidates(step, program) == [FUSED, "efficient"]
-        program.dtype = torch.bfloat16
-        assert choosing.candidates(step, program) == [FUSED, *NAMES]
+    monkeypatch.setitem(choosing.TIMERS, "meta", None)
+    assert choosing.candidates(step, program) == [FUSED, "efficient", "math"]
+    program.sizes[step.name] = (8, 8)
+    assert choosing.candidates(step, program) == [FUSED, "efficient"]
+    program.dtype = torch.bfloat16
+    assert choosing.candidates(step, program) == [FUSED, *NAMES]
 
 
 def test_the_callers_random_numbers_are_left_alone(clock):
