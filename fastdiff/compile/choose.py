@@ -114,7 +114,7 @@ def choose(
 
     keep: where weights that are packed now go. fast: eight bits where a layer takes them, whatever is given.
     """
-    known, elsewhere = choices(program.dtype, batch), None
+    known, elsewhere = choices(program.dtype, batch, program.device), None
     for step in program.convolutions:
         names = candidates(step, program.dtype)
         if fast and takes_eight_bits(step, program):
