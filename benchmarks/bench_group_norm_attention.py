@@ -2,6 +2,7 @@
 
 Work: 8 N S C^2 operations in the projections and 4 N S^2 C in the attention, S = H W pixels, printed in each case's name in
 units of 10^9: products bound the op on every device. Traffic: x read and y written, weights once, scores never.
+On GPUs, channels-last, the forms that `fastdiff.compile` chooses from are peers too, "sdpa" and the name of a back end.
 """
 
 import pytest
@@ -10,6 +11,7 @@ from harness import with_full
 from torch.nn import functional
 
 from fastdiff import ops
+from fastdiff.compile.attend import BACKENDS, LibraryAttention
 
 CASES = [  # N, C, H = W, heads: DDPM's and EDM's 16x16 (one head), ADM's 32x32 to 8x8 (64 channels a head), batch 1 included
     (1, 128, 16, 1),
@@ -52,6 +54,10 @@ def test_group_norm_attention(compare, device, case, dtype, layout):
 
     compiled = torch.compile(plain)
 
+    def by(backend):
+        library = LibraryAttention(backend, (qkv, qkv_bias), (out, out_bias), heads, 1.0)
+        return library.serves(x) and (lambda x: library(x, ops.group_norm_silu(x, w, b, 32, 1e-6, silu=False)))
+
     def ours(x):
         return ops.group_norm_attention(x, w, b, 32, qkv, qkv_bias, out, out_bias, heads, 1e-6)
 
@@ -64,6 +70,9 @@ def test_group_norm_attention(compare, device, case, dtype, layout):
         assert float((ours(x).double() - truth).abs().max()) <= 2 * theirs + floor
 
     variants = {"fastdiff": ours, "pytorch": lambda x: plain(x, *parameters), "compile": lambda x: compiled(x, *parameters)}
+    forms = {f"sdpa {backend}": by(backend) for backend in BACKENDS} if device == "cuda" and layout == "nhwc" else {}
+    variants |= {name: form for name, form in forms.items() if form}
+    skipped = {name: "PyTorch would not take it here" for name, form in forms.items() if not form}
     variants = {name: torch.inference_mode()(lambda fn=fn: fn(x)) for name, fn in variants.items()}
     name = f"{name_of(case)} {str(dtype)[6:]} {layout}"
-    compare("group_norm_attention", name, variants, check, images=n)
+    compare("group_norm_attention", name, variants, check, images=n, skipped=skipped)

@@ -32,9 +32,16 @@ Winograd winograd_of(const std::string& algorithm, const Tensor& x) {
     STD_TORCH_CHECK(x.scalar_type() != ScalarType::Double, "algorithm: ", algorithm, " sums in float32, x is float64; use direct");
     return algorithm == "winograd4" ? Winograd::f4 : Winograd::f4_lean;
   }
+  if (algorithm == "winograd6") {
+    STD_TORCH_CHECK(x.scalar_type() == ScalarType::Float,
+                    "algorithm: winograd6 takes float32 alone; use winograd4_lean or direct");
+    STD_TORCH_CHECK(isa.load() >= 2, "algorithm: winograd6 needs AVX-512, the instruction set in use is ",
+                    kIsaNames[isa.load()], "; use winograd4_lean or direct");
+    return Winograd::f6;
+  }
   const bool integers = algorithm == "winograd4_int16";
   STD_TORCH_CHECK(integers || algorithm == "winograd2", "algorithm: ", algorithm,
-                  " is not known; use direct, winograd4, winograd4_lean, winograd4_int16 or winograd2");
+                  " is not known; use direct, winograd4, winograd4_lean, winograd6, winograd4_int16 or winograd2");
   STD_TORCH_CHECK(x.scalar_type() == ScalarType::BFloat16, "algorithm: ", algorithm,
                   " takes bfloat16 alone; use winograd4 or direct");
   STD_TORCH_CHECK(!integers || isa.load() >= 1, "algorithm: winograd4_int16 needs AVX2, the instruction set in use is ",
@@ -46,15 +53,17 @@ Winograd winograd_of(const std::string& algorithm, const Tensor& x) {
 }
 
 // [values of a filter, I, O], I and O rounded up, in the order that the kernel reads; for integers all in one row, and a float
-// for each O and each I behind them.
+// for each O and each I behind them; for f6 [1, values I, O].
 void check_packed(const std::optional<Tensor>& packed, const std::string& name, Winograd algorithm, int64_t inputs,
                   int64_t outputs) {
   STD_TORCH_CHECK(packed, "packed: needed by Winograd's algorithms; conv3x3_pack(weight, algorithm) makes it");
   check_cpu(*packed, "packed");
   const bool integers = algorithm == Winograd::f4_int16, pairs = integers || algorithm == Winograd::f2;
-  const int64_t values = algorithm == Winograd::f2 ? 16 : algorithm == Winograd::f4_lean ? 9 : 36;
+  const bool six = algorithm == Winograd::f6;
+  const int64_t values = algorithm == Winograd::f2 ? 16 : algorithm == Winograd::f4_lean || six ? 9 : 36;
   const int64_t i = pairs ? (inputs + 1) / 2 * 2 : inputs, o = (outputs + kUnit - 1) / kUnit * kUnit;
-  const int64_t expected[] = {integers ? 1 : values, integers ? 1 : i, integers ? values * i * o + 2 * (i + o) : o};
+  const int64_t expected[] = {integers || six ? 1 : values, integers ? 1 : six ? values * i : i,
+                              integers ? values * i * o + 2 * (i + o) : o};
   const ScalarType type = integers ? ScalarType::Short : pairs ? ScalarType::BFloat16 : ScalarType::Float;
   bool fits = packed->dim() == 3 && packed->scalar_type() == type;
   for (int64_t d = 0; fits && d < 3; ++d) fits = packed->size(d) == expected[d];

@@ -14,6 +14,7 @@
 
 namespace fastdiff {
 void conv3x3(const Conv3x3& a, Winograd algorithm) {
+  if (algorithm == Winograd::f6) return conv3x3_nested(a);
 #define FASTDIFF_ARGUMENTS a, algorithm
   FASTDIFF_DISPATCH(conv3x3, FASTDIFF_ARGUMENTS);
 }
@@ -38,6 +39,9 @@ char* kept_memory(int which, int64_t bytes) {
 #include "cpu/conv3x3_transforms.h"
 
 #include "cpu/conv3x3_product.h"
+
+#include "cpu/conv3x3_image.h"
+
 #include "cpu/conv3x3_tiles.h"
 
 #include "cpu/conv3x3_results.h"
@@ -153,28 +157,6 @@ template <class T, class Scheme_, class Op_> struct Winning : Results<T, Scheme_
                       block);
   }
 
-  // Parts into which a slab's rows of tiles are cut so that its tasks occupy all threads.
-  int64_t cuts(int64_t tile_rows, int64_t tasks) const {
-    const int64_t workers = threads(), limit = least(tile_rows, workers);
-    int64_t best = 1;
-    double best_share = 0;
-    for (int64_t cut = 1; cut <= limit; ++cut) {
-      const int64_t all = cut * tasks;
-      const double share = double(all) / double(parts(all, workers) * workers);
-      if (share > best_share + 0.05) best = cut, best_share = share;
-    }
-    return best;
-  }
-
-  // task(begin row, end row, i) for i < tasks and the parts of the slab, or the whole of it.
-  template <class F> void spread(int64_t tile_rows, int64_t tasks, bool whole, const F& task) const {
-    const int64_t cut = whole ? 1 : cuts(tile_rows, tasks);
-    parallel_for(cut * tasks, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i)
-        task(i / tasks * tile_rows / cut, (i / tasks + 1) * tile_rows / cut, i % tasks);
-    });
-  }
-
   // Whether each thread takes slabs of its own, which saves it the others' V and two barriers for each slab: where there are
   // enough of them, and weights that every thread reads whole stay in its cache.
   bool apart(int64_t slabs) const {
@@ -212,7 +194,8 @@ template <class T, class Scheme_, class Op_> struct Winning : Results<T, Scheme_
     }
     if (a.stats_groups)
       parallel_for(n, grain_of(rows * a.o), [&](int64_t begin, int64_t end) {
-        for (int64_t i = begin; i < end; ++i) this->finish_statistics(i);
+        for (int64_t i = begin; i < end; ++i)
+          finish_statistics(a, i, rows, moments, wide_o, [&](int64_t r) { return least(kOut, a.h - r * kOut); });
       });
   }
 };

@@ -3,8 +3,9 @@
 
 namespace fastdiff {
 
-// float32 F(4x4, 3x3) with transformed weights, or with the filters themselves; of 16-bit integers; bfloat16 F(2x2, 3x3).
-enum class Winograd { f4, f4_lean, f4_int16, f2 };
+// float32 F(4x4, 3x3) with transformed weights, or with the filters themselves; with tiles of 6x6 beside them; of 16-bit
+// integers; bfloat16 F(2x2, 3x3).
+enum class Winograd { f4, f4_lean, f6, f4_int16, f2 };
 
 // Channels-last throughout: x, y and residual have channels next to each other and pixels x.s, y.s, residual.s apart.
 // Parameters are float, null where absent. Packed weights: fastdiff/ops/conv3x3.py says how.
@@ -20,6 +21,7 @@ struct Conv3x3 {
   const void* packed;
 };
 void conv3x3(const Conv3x3& a, Winograd algorithm);
+void conv3x3_nested(const Conv3x3& a);  // f6: float32 x, AVX-512
 
 constexpr int64_t kUnit = 16;  // output channels that packed weights are padded to
 

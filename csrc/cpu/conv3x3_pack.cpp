@@ -1,8 +1,9 @@
-// conv3x3_pack for "winograd4_lean", whose weights are packed anew at every step of training: a transposition, bound by
-// memory. Layout and scale: fastdiff/ops/_winograd.py.
+// conv3x3_pack for "winograd4_lean", whose weights are packed anew at every step of training, and "winograd6": a
+// transposition, bound by memory. Layout and scale: fastdiff/ops/_winograd.py.
 #include "cpu/conv3x3_pack.h"
 
 #include <algorithm>
+#include <cmath>
 
 #include "cpu/conv3x3.h"
 
@@ -10,7 +11,6 @@ namespace fastdiff {
 namespace {
 
 constexpr int64_t kLine = 16;  // input channels read together: a cache line of channels-last weights
-constexpr double kScale[] = {1.0, 0.70710678118654752440, 0.5};  // units in which the points are 0, +-1, +-2
 
 // Input channels i ... i + n of one tap, `real` output channels that exist, times two factors, rounded once.
 void pack_some(const Filters& f, const float* from, int64_t n, int64_t real, double row, double column, float* to) {
@@ -23,6 +23,7 @@ void pack_some(const Filters& f, const float* from, int64_t n, int64_t real, dou
 }  // namespace
 
 void conv3x3_pack(const Filters& f, float* out) {
+  const double scale[] = {1, std::sqrt(f.unit), f.unit};
   const int64_t blocks = (f.o + kUnit - 1) / kUnit, lines = (f.i + kLine - 1) / kLine;
   parallel_for(blocks * lines, 16, [&](int64_t begin, int64_t end) {
     for (int64_t task = begin; task < end; ++task) {
@@ -32,7 +33,7 @@ void conv3x3_pack(const Filters& f, float* out) {
       const float* from = f.data + first * f.by_o + i * f.by_i;
       for (int64_t r = 0; r < 3; ++r)
         for (int64_t c = 0; c < 3; ++c)
-          pack_some(f, from + r * f.by_row + c * f.by_column, n, real, kScale[r], kScale[c], to + (3 * r + c) * kUnit);
+          pack_some(f, from + r * f.by_row + c * f.by_column, n, real, scale[r], scale[c], to + (3 * r + c) * kUnit);
     }
   });
 }

@@ -1,37 +1,28 @@
-// An image's tiles and their way into the transformed domain. Include inside a kernel file, after conv3x3_product.h.
+// An image's tiles, all of one size, and their way into the transformed domain. Include inside a kernel file, after
+// conv3x3_image.h.
 
-constexpr int64_t kSlab = 64;      // tiles of a slab, at least a row of them: V stays in L2 or near it
-constexpr int64_t kVectorsIn = 2;  // vectors of channels that are normalised at once
+constexpr int64_t kSlab = 64;  // tiles of a slab, at least a row of them: V stays in L2 or near it
 
-FD_INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
-FD_INLINE int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
-FD_INLINE int64_t parts(int64_t n, int64_t of) { return (n + of - 1) / of; }
-
-template <class T_, class Scheme_, class Op_> struct Tiles {
-  typedef T_ T;
+template <class T_, class Scheme_, class Op_> struct Tiles : Images<T_, Op_> {
+  typedef Images<T_, Op_> Base;
   typedef Scheme_ Scheme;
-  typedef Op_ Op;
+  using typename Base::Op, typename Base::T;
   typedef typename Op::Stored Stored;
+  using Base::a, Base::width, Base::words, Base::wide_o, Base::breadth, Base::kChannels;
   static constexpr int kIn = Scheme::kIn, kOut = Scheme::kOut, kPoints = kIn * kIn;
-  static constexpr int64_t kUnitIn = Op::kScaled ? kShared : 16;
-  static constexpr int64_t kChannels = Op::kScaled ? kShared : kVectorsIn * W;  // of a task
 
-  const Conv3x3& a;
-  const int64_t rows, cols;       // tiles of an image
-  const int64_t width, words;     // stored channels of a tile in V; words that are summed
-  const int64_t wide_o;           // output channels, those that fill the last unit included
-  int64_t slab_rows, images;      // of a slab: rows of tiles, of how many images (1 where an image has several slabs)
-  int64_t plane;                  // stored elements of one of V's matrices, odd in cache lines
-  const float* tables = nullptr;  // [n] of ChannelTable<float>
+  const int64_t rows, cols;   // tiles of an image
+  int64_t slab_rows, images;  // of a slab: rows of tiles, of how many images (1 where an image has several slabs)
+  int64_t plane;              // stored elements of one of V's matrices, odd in cache lines
   Stored* v = nullptr;
 
   explicit Tiles(const Conv3x3& a_)
-      : a(a_), rows(parts(a.h, kOut)), cols(parts(a.w, kOut)), width(parts(a.norm.c, kUnitIn) * kUnitIn),
-        words(parts(a.norm.c, Op::step)), wide_o(parts(a.o, kUnit) * kUnit) {
+      : Base(a_, parts(a_.w, kOut) * kOut + 2), rows(parts(a_.h, kOut)), cols(parts(a_.w, kOut)) {
     const int64_t fit = most(1, kSlab / cols);
     images = rows >= fit ? 1 : least(fit / rows, a.norm.n);
     slab_rows = rows > fit ? parts(rows, parts(rows, fit)) : rows;
     plane = parts(slab_tiles(), Op::kGroup) * Op::kGroup * width + 128 / static_cast<int64_t>(sizeof(Stored));
+    if constexpr (Op::kScaled) this->factors = units() + wide_o;
   }
 
   // Where V has point (p, 0) of a tile, from channel c on; its next point is next_point() further. Matrices [tiles, width]
@@ -60,9 +51,8 @@ template <class T_, class Scheme_, class Op_> struct Tiles {
     return aligned(kPoints * plane * static_cast<int64_t>(sizeof(Stored)) + scales * 4);
   }
 
-  // Behind the weights of integers: units of the output channels, factors of the input channels.
+  // Behind the weights of integers: units of the output channels, then factors of the input channels.
   const float* units() const { return static_cast<const float*>(a.packed) + kPoints * words * wide_o; }
-  const float* factors() const { return units() + wide_o; }
 
   // A slab's rows of tiles, counted through the batch.
   struct Rows {
@@ -75,56 +65,11 @@ template <class T_, class Scheme_, class Op_> struct Tiles {
     const int64_t per_image = parts(rows, slab_rows), first = i / per_image * rows + i % per_image * slab_rows;
     return {first, least((i / per_image + 1) * rows, first + slab_rows)};
   }
-  static constexpr int64_t table_floats(int64_t c) { return ChannelTable<float>::bytes(c) / sizeof(float); }
-  int64_t padded_cols() const { return cols * kOut + 2; }
-  int64_t image_floats(int64_t tile_rows) const { return (tile_rows * kOut + 2) * padded_cols() * kChannels; }
 
-  // Rows of pixels of channels c ... of sample n, kVectorsIn vectors, normalised, with a border of 0: the first
-  // channels of image [height, padded_cols, kChannels].
-  template <bool normed, bool silu> void activate(int64_t n, int64_t c, int64_t top, int64_t height, float* image) const {
-    const ChannelTable<float> table(const_cast<char*>(reinterpret_cast<const char*>(tables + n * table_floats(a.norm.c))),
-                                    a.norm.c);
-    int some[kVectorsIn];
-    vf m[kVectorsIn], slope[kVectorsIn], offset[kVectorsIn], factor[kVectorsIn];
-    for (int j = 0; j < kVectorsIn; ++j) {
-      some[j] = static_cast<int>(most(0, least(W, a.norm.c - c - j * W)));
-      m[j] = slope[j] = offset[j] = vf{};
-      if constexpr (Op::kScaled) factor[j] = load_some(factors() + c + j * W, some[j]);
-      if (!normed || !some[j]) continue;
-      m[j] = load_some(table.m + c + j * W, some[j]), slope[j] = load_some(table.a + c + j * W, some[j]);
-      offset[j] = load_some(table.b + c + j * W, some[j]);
-    }
-    const auto value = [&](vf x, int j) __attribute__((always_inline)) {
-      if constexpr (normed) x = fma(x - m[j], slope[j], offset[j]);
-      x = silu ? silu_of<T>(x) : x;
-      return Op::kScaled ? x * factor[j] : x;
-    };
-    const bool whole = some[kVectorsIn - 1] == W;
-    for (int64_t i = 0; i < height; ++i) {
-      float* out = image + i * padded_cols() * kChannels;
-      const int64_t r = top + i;
-      const int64_t end = r < 0 || r >= a.h ? 0 : a.w;
-      const auto zero = [&](int64_t col) {
-        for (int j = 0; j < kVectorsIn; ++j) store(out + col * kChannels + j * W, vf{});
-      };
-      zero(0);
-      for (int64_t s = end + 1; s < padded_cols(); ++s) zero(s);
-      const T* x = a.norm.x.template at<const T>(n, c, r * a.w);
-      out += kChannels;
-      if (whole) {
-        for (int64_t s = 0; s < end; ++s, x += a.norm.x.s, out += kChannels)
-          for (int j = 0; j < kVectorsIn; ++j) store(out + j * W, value(load(x + j * W), j));
-      } else {
-        for (int64_t s = 0; s < end; ++s, x += a.norm.x.s, out += kChannels)
-          for (int j = 0; j < kVectorsIn; ++j) store(out + j * W, some[j] ? value(load_some(x + j * W, some[j]), j) : vf{});
-      }
-    }
-  }
-
-  // One row of tiles of the padded image: down its columns into `down` [kIn, padded_cols, kChannels], then along the rows
+  // One row of tiles of the padded image: down its columns into `down` [kIn, breadth, kChannels], then along the rows
   // into V, where the row's first tile is number `tile`.
   void transform_in(const float* image, float* down, int64_t c, int64_t tile) const {
-    const int64_t line = padded_cols() * kChannels;
+    const int64_t line = breadth * kChannels;
     for (int64_t i = 0; i < line; i += W) {
       vf d[kIn], r[kIn];
       each<kIn>([&](int p) __attribute__((always_inline)) { d[p] = load(image + p * line + i); });
@@ -172,47 +117,14 @@ template <class T_, class Scheme_, class Op_> struct Tiles {
 
   // Channels c ... of the tile rows [begin, end) of a slab whose first row of tiles is number `first` of the batch.
   void into(int64_t first, int64_t begin, int64_t end, int64_t c) const {
-    float* down = reinterpret_cast<float*>(kept_memory(1, (kIn * padded_cols() * kChannels + image_floats(slab_rows)) * 4));
-    float* image = down + kIn * padded_cols() * kChannels;
+    float* down = reinterpret_cast<float*>(kept_memory(1, (kIn + slab_rows * kOut + 2) * breadth * kChannels * 4));
+    float* image = down + kIn * breadth * kChannels;
     for (int64_t row = begin; row < end;) {
       const int64_t n = (first + row) / rows, r = (first + row) % rows, count = least(end - row, rows - r);
-      const auto run = [&](auto normed, auto silu) {
-        for (int64_t j = 0; j < kChannels; j += kVectorsIn * W)
-          activate<decltype(normed)::value, decltype(silu)::value>(n, c + j, r * kOut - 1, count * kOut + 2, image + j);
-      };
-      if (!a.norm.weight) run(std::false_type{}, std::false_type{});
-      else if (a.norm.silu) run(std::true_type{}, std::true_type{});
-      else run(std::true_type{}, std::false_type{});
+      this->fill(n, c, r * kOut - 1, count * kOut + 2, image);
       for (int64_t i = 0; i < count; ++i)
-        transform_in(image + i * kOut * padded_cols() * kChannels, down, c, (row + i) * cols);
+        transform_in(image + i * kOut * breadth * kChannels, down, c, (row + i) * cols);
       row += count;
     }
-  }
-
-  // Statistics of x where they are not given; then every sample's table.
-  void normalise(char* memory) const {
-    const GroupNormSilu& g = a.norm;
-    const int64_t pieces = g.given_stats ? 1 : pieces_of(g), each_bytes = ChannelTable<float>::bytes(g.c);
-    const double unit = g.silu ? kSiluUnit<float> : 1;
-    const Scratch scratch(g.n * pieces * 2 * g.c * 8);
-    const auto of = [&](int64_t i) { return reinterpret_cast<double*>(scratch.data) + i * pieces * 2 * g.c; };
-    if (!g.given_stats) {
-      const int64_t items = items_of<T>(g);
-      parallel_for(g.n * items, grain_of(g.c * g.s / items), [&](int64_t begin, int64_t end) {
-        for (int64_t i = begin; i < end; ++i) item_moments<T>(g, i / items, i % items, of(i / items));
-      });
-    }
-    parallel_for(g.n, grain_of(8 * g.c), [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) {
-        const ChannelTable<float> table(memory + i * each_bytes, g.c);
-        if (g.given_stats) {
-          channel_maps<float>(g, i, of(i), table, unit);
-          continue;
-        }
-        merge_pieces(g, of(i), pieces);
-        group_statistics<float>(g, i, of(i));
-        channel_maps<float>(g, i, 0, g.c, of(i), of(i) + g.c, table, unit);
-      }
-    });
   }
 };

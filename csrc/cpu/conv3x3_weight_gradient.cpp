@@ -26,6 +26,9 @@ void conv3x3_weight_gradient(const Conv3x3& a, float* dw) {
 #include "cpu/conv3x3_transforms.h"
 
 #include "cpu/conv3x3_product.h"
+
+#include "cpu/conv3x3_image.h"
+
 #include "cpu/conv3x3_tiles.h"
 
 constexpr int kOutputs = FASTDIFF_LEVEL >= 2 ? 4 : 2;  // output channels at once: 24 sums in 32 registers, or 12 in 16

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from fastdiff.compile.choose import choose, eight_bits
+from fastdiff.compile.choose_attention import choose_attention
 from fastdiff.compile.fits import obstacle
 from fastdiff.compile.program import Program
 from fastdiff.compile.spill import Spill
@@ -86,7 +87,8 @@ def compile(
 
     Args:
         model: one whose network is a `fastdiff.UNet`. Any other is returned as it is, with a warning that says why.
-        batch: images per call at which algorithms are compared. Any batch can be computed, with the same bits for an image.
+        batch: images per call at which algorithms are compared. Any batch can be computed, on CPUs with the same bits for an
+            image.
         nfe: evaluations of a plan whose time embeddings are computed now rather than at the first call; `options` as in
             `fastdiff.sample` (sampler=, times=, ...). Unconditional models alone have such.
         quality: "lossless": float32, error at most 2e-5 of the network's output. "high": bfloat16 products with float32
@@ -143,5 +145,6 @@ def program_of(
     program = Program(network, dtype, (height, width))
     spill = spill or Spill(network)
     choose(program, batch, choices, packed, spill.put, fast)
+    choose_attention(program, batch, choices)
     program.where = spill.finish()
     return program

@@ -27,8 +27,11 @@ MARGIN = 0.95  # a candidate must take less than this of the time of those befor
 HEAVY, LARGER = 0.9, 4 / 3  # and less than this where its weights take more than so many times their memory
 
 # dtype -> algorithms beside the library's, in the order of preference at equal speed: the one with fewer weights first. Each
-# keeps its class of error: float32 1e-6 a layer; bfloat16 at most twice plain bfloat16's.
-CANDIDATES = {torch.float32: ("winograd4_lean", "winograd4"), torch.bfloat16: ("winograd2", "winograd4_int16")}
+# keeps its class of error: float32 2e-6 a layer; bfloat16 at most twice plain bfloat16's.
+CANDIDATES = {
+    torch.float32: ("winograd4_lean", "winograd6", "winograd4"),
+    torch.bfloat16: ("winograd2", "winograd4_int16"),
+}
 
 WIDE = 64  # output channels, below which "winograd4_lean" has too few tasks for several threads
 
@@ -58,14 +61,17 @@ def candidates(step: Conv3x3, dtype: torch.dtype) -> list[str]:
     return [LIBRARY, *(name for name in CANDIDATES.get(dtype, ()) if name in known)]
 
 
-def worth_measuring(step: Conv3x3, dtype: torch.dtype) -> list[str]:
+def worth_measuring(step: Conv3x3, dtype: torch.dtype, size: tuple[int, int]) -> list[str]:
     """The candidates without those that cannot win by enough to pay for their memory.
 
     With 32 registers "winograd4_lean" is within 3 % of "winograd4" on wide layers, at a quarter of the weights.
+    "winograd6" multiplies less than it from sides of SIDE on.
     """
     names = candidates(step, dtype)
     lean = "winograd4_lean" in names and "avx512" in ops.native() and step.weight.shape[0] >= WIDE
-    return [name for name in names if not (lean and name == "winograd4")]
+    losing = {"winograd4"} if lean else set()
+    losing |= {"winograd6"} if min(size) < SIDE else set()
+    return [name for name in names if name not in losing]
 
 
 def bind(
@@ -108,7 +114,7 @@ def choose(
 
     keep: where weights that are packed now go. fast: eight bits where a layer takes them, whatever is given.
     """
-    known, elsewhere = choices(program.dtype, batch), None
+    known, elsewhere = choices(program.dtype, batch, program.device), None
     for step in program.convolutions:
         names = candidates(step, program.dtype)
         if fast and takes_eight_bits(step, program):
@@ -122,7 +128,8 @@ def choose(
             chosen = known.find(layer) or ""
             if chosen not in names:
                 elsewhere = torch.ones(CACHE // 4) if elsewhere is None else elsewhere
-                chosen = _measure(step, program, worth_measuring(step, program.dtype), batch, elsewhere)
+                names = worth_measuring(step, program.dtype, program.sizes[step.name])
+                chosen = _measure(step, program, names, batch, elsewhere)
                 known.add(layer, chosen)
         before = packed if packed and given and chosen == given.get(step.name) else {}
         bind(step, chosen, program, before.get(step.name), keep)

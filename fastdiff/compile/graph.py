@@ -23,6 +23,8 @@ WHOLE = 8  # evaluations
 KEPT = 4  # captured (plan, batch) pairs; each holds its buffers
 STEP = 64  # buckets are powers of two below it and multiples of it beyond
 
+_capturing = threading.Lock()  # PyTorch captures one graph at a time in a process; other threads may go on meanwhile
+
 
 class Backend(Protocol):
     """What captures: CUDA graphs, or a stand-in for tests."""
@@ -44,15 +46,15 @@ class CudaGraphs:
         self.device, self.pool = device, torch.cuda.graph_pool_handle()
 
     def record(self, call, reset):
-        side = torch.cuda.Stream(self.device)
+        side = torch.cuda.Stream(self.device)  # captures too: torch.cuda.graph's own is on the first GPU it served
         side.wait_stream(torch.cuda.current_stream(self.device))
-        with autotuned():  # measures while it warms up; what is captured remembers
+        with _capturing, torch.cuda.device(self.device), autotuned():  # warming up measures; what is captured remembers
             with torch.cuda.stream(side):
                 call()
                 reset()
             torch.cuda.current_stream(self.device).wait_stream(side)
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=self.pool):
+            with torch.cuda.graph(graph, pool=self.pool, stream=side, capture_error_mode="thread_local"):
                 call()
         reset()
         return graph.replay

@@ -49,7 +49,7 @@ class Lowering:
     def __init__(self, network: UNet, dtype: torch.dtype, size: tuple[int, int]):
         self.network, self.dtype, self.config = network, dtype, network.config
         self.steps: list[Step] = []
-        self.sizes: dict[str, tuple[int, int]] = {}  # of each Conv3x3 step's image
+        self.sizes: dict[str, tuple[int, int]] = {}  # of each Conv3x3 and Attention step's image
         self.conditions: list[tuple[nn.Linear, Tensor | None]] = []  # linear layers, and the bias that joins each
         self.operations = 0  # multiplications and additions per image in convolutions and projections
         self.values = 1
@@ -135,16 +135,17 @@ class Lowering:
         norm1 = self._norm(block.norm1, h, None if additive else condition)
         settings = {"residual": skip.number, "out_scale": float(block.skip_scale)}
         y = self._convolve(f"{name}.conv1", block.conv1, h, norm1, **settings)
-        return y if block.attention is None else self._attention(block.attention, y)
+        return y if block.attention is None else self._attention(f"{name}.attention", block.attention, y)
 
-    def _attention(self, module: AttentionModule, x: Value) -> Value:
+    def _attention(self, name: str, module: AttentionModule, x: Value) -> Value:
         if not isinstance(module.norm, GroupNormSiLU):
             return self._apply(module, x.channels, x.size, x)
         norm, cast = self._norm(module.norm, x), self._cast
         packed = [(cast(m.weight).flatten(1), cast(m.bias)) for m in (module.qkv, module.proj)]  # type: ignore[arg-type]
+        self.sizes[name] = x.size
         self.operations += 8 * x.channels**2 * x.size[0] * x.size[1] + 4 * x.channels * (x.size[0] * x.size[1]) ** 2
         settings: tuple[Any, ...] = (norm, *packed, module.heads, module.skip_scale)
-        return self._emit(lambda out: Attention(out, x.number, *settings), x.channels, x.size)
+        return self._emit(lambda out: Attention(out, name, x.number, *settings), x.channels, x.size)
 
     def _module(self, name: str, module: nn.Module, x: Value) -> Value:
         if isinstance(module, ResBlock):

@@ -1,11 +1,12 @@
 """What was fastest on this machine, layer size by layer size: measured once, then known to every process of the user.
 
-One small JSON file in the cache folder (`fastdiff.cache`) for each machine, type, batch and number of threads. A file that
-is damaged, of another build or not to be written is as good as none: its layers are measured.
+One small JSON file in the cache folder (`fastdiff.cache`) for each machine, GPU, type, batch and number of threads. A file
+that is damaged, of another build or not to be written is as good as none: its layers are measured.
 """
 
 import functools
 import hashlib
+import importlib.util
 import json
 import os
 import platform
@@ -81,8 +82,8 @@ def _parsed(path: Path, about: dict[str, str | int]) -> dict[str, str]:
     return {layer: name for layer, name in choices.items() if isinstance(name, str)}
 
 
-def choices(dtype: torch.dtype, batch: int) -> Choices:
-    """What is known for programs of this type, measured at this batch, with this many threads."""
+def choices(dtype: torch.dtype, batch: int, device: torch.device | None = None) -> Choices:
+    """What is known for programs of this type on this device, measured at this batch, with this many threads."""
     about: dict[str, str | int] = {
         "fastdiff": __version__,
         "torch": str(torch.__version__),
@@ -93,6 +94,8 @@ def choices(dtype: torch.dtype, batch: int) -> Choices:
         "dtype": str(dtype).removeprefix("torch."),
         "batch": batch,
     }
+    if device is not None and device.type == "cuda":
+        about["gpu"] = gpu(device)
     key = json.dumps(about)
     with _lock:
         if key not in _tables:
@@ -116,6 +119,22 @@ def _build() -> str:
         return hashlib.sha256(Path(_C.__file__).read_bytes()).hexdigest()[:16]
     except (ImportError, OSError):
         return ""
+
+
+def gpu(device: torch.device) -> str:
+    """The GPU, the libraries that PyTorch brings for it, and our kernels."""
+    capability = ".".join(map(str, torch.cuda.get_device_capability(device)))
+    libraries = f"CUDA {torch.version.cuda}, cuDNN {torch.backends.cudnn.version()}"
+    return f"{torch.cuda.get_device_name(device)}, {capability}, {libraries}, kernels {_kernels()}"
+
+
+@functools.cache
+def _kernels() -> str:
+    """A digest of the Triton kernels, which `_build` does not hold; they are not imported."""
+    found = importlib.util.find_spec("fastdiff.kernels")
+    folders = [] if found is None else found.submodule_search_locations or []
+    files = sorted(path for folder in folders for path in Path(folder).glob("*.py"))
+    return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()[:16]
 
 
 @functools.cache

@@ -9,7 +9,7 @@ from torch import Tensor
 from fastdiff.compile.conditions import Conditions
 from fastdiff.compile.lower import Lowering
 from fastdiff.compile.spill import trim
-from fastdiff.compile.steps import Conv3x3, Values
+from fastdiff.compile.steps import Attention, Conv3x3, Values
 from fastdiff.unet import UNet
 
 LIBRARY = "library"  # an algorithm beside those of ops.conv3x3, see library.py
@@ -49,6 +49,10 @@ class Program:
         return [[number for number, at in last.items() if at == i] for i in range(len(self.steps))]
 
     @property
+    def device(self) -> torch.device:
+        return next(self.network.parameters()).device
+
+    @property
     def convolutions(self) -> list[Conv3x3]:
         return [step for step in self.steps if isinstance(step, Conv3x3)]
 
@@ -57,9 +61,18 @@ class Program:
         """Convolution -> the algorithm that computes it."""
         return {step.name: step.algorithm for step in self.convolutions}
 
+    @property
+    def attentions(self) -> list[Attention]:
+        return [step for step in self.steps if isinstance(step, Attention)]
+
+    @property
+    def attention_algorithms(self) -> dict[str, str]:
+        """Attention -> "fused", or the back end that computes it between the library's products."""
+        return {step.name: step.algorithm for step in self.attentions}
+
     def tabulate(self, times: Sequence[float]) -> None:
         """Compute what unconditional blocks get at the c_noise `times` now rather than at the first call."""
-        if self.network.label is None and next(self.network.parameters()).device.type == "cpu":
+        if self.network.label is None and self.device.type == "cpu":
             self.conditions(torch.tensor(times, dtype=torch.float32), None, None)
 
     def _say(self, height: int, width: int) -> None:

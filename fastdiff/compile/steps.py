@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from fastdiff import ops
+from fastdiff.compile.attend import FUSED, LibraryAttention
 from fastdiff.compile.library import LibraryConvolution
 
 Values = list[Tensor | None]
@@ -129,20 +130,26 @@ class Project(Step):
 
 @dataclasses.dataclass
 class Attention(Step):
-    """`ops.group_norm_attention`."""
+    """`ops.group_norm_attention`, or the norm and the library's products and attention by one of its back ends."""
 
+    name: str
     x: int
     norm: NormWeights
     qkv: tuple[Tensor, Tensor]
     project: tuple[Tensor, Tensor]
     heads: int
     out_scale: float
+    algorithm: str = FUSED
+    library: LibraryAttention | None = None
 
     @property
     def reads(self):
         return self.x, self.norm.stats
 
     def run(self, v, c):
+        if self.library is not None:
+            v[self.out] = self.library(v[self.x], NORM(v[self.x], *self.norm.of(v, c))[0])
+            return
         n, stats = self.norm, None if self.norm.stats is None else v[self.norm.stats]
         scale = (self.project[0].shape[1] // self.heads) ** -0.5
         given = (*self.qkv, *self.project, self.heads, scale, self.out_scale, stats)

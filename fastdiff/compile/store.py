@@ -21,6 +21,7 @@ from fastdiff.checkpoints.stored import DTYPES, safetensors
 from fastdiff.compile import Compiled, program_of
 from fastdiff.compile.choose import eight_bits
 from fastdiff.compile.fits import obstacle
+from fastdiff.compile.measured import gpu
 from fastdiff.compile.spill import give_back
 from fastdiff.model import READERS, Model
 from fastdiff.ops._winograd import PACKING
@@ -33,9 +34,10 @@ PACKED = "packed."
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
-def machine() -> dict[str, str | int]:
-    """What the packing depends on."""
-    return {"fastdiff": __version__, "native": ops.native().partition(" (")[0], "packing": PACKING}
+def machine(device: torch.device) -> dict[str, str | int]:
+    """What packing and choices depend on."""
+    known: dict[str, str | int] = {"fastdiff": __version__, "native": ops.native().partition(" (")[0], "packing": PACKING}
+    return known if device.type != "cuda" else known | {"gpu": gpu(device)}
 
 
 def save(model: Compiled, path: str | os.PathLike) -> None:
@@ -46,7 +48,8 @@ def save(model: Compiled, path: str | os.PathLike) -> None:
         "quality": model.quality,
         "size": program.size,
         "algorithms": program.algorithms,
-        "machine": machine(),
+        "attention": program.attention_algorithms,
+        "machine": machine(program.device),
         "times": program.conditions.times(),
     }
     description = model.plain._description() | {"info": model.info, "program": about}
@@ -94,21 +97,23 @@ def read(path: Path, description: dict[str, Any], fields: dict[str, Any], device
     """
     about = description["program"]
     check_quality(about["quality"])
-    dtype, size, algorithms = QUALITIES[about["quality"]], tuple(about["size"]), about["algorithms"]
+    device, dtype, size = torch.device(device), QUALITIES[about["quality"]], tuple(about["size"])
+    algorithms = about["algorithms"] | about.get("attention", {})  # older files have none
     state, area = _mapped(path)
     packed = {name.removeprefix(PACKED): state.pop(name) for name in list(state) if name.startswith(PACKED)}
     network = checkpoints.build(UNetConfig(**description["network"]["config"]))
     network.load_state_dict(state, assign=True)
     network.eval().requires_grad_(False).to(device)
-    if about["machine"] != machine() or torch.device(device).type != "cpu":
+    if about["machine"] != machine(device):
         what = "was packed on another machine or release; compiling again"
         warnings.warn(f"model: the program in {path} {what}", stacklevel=4)
         packed, algorithms = {}, None
+    packed = {name: t.to(device) for name, t in packed.items()}
     reason = obstacle(network)
     if reason is not None:
         warnings.warn(f"model: the program in {path} cannot run, its network does instead: {reason}", stacklevel=4)
         return Model(network.to(memory_format=torch.channels_last), **fields)  # it runs, and was mapped as in the file
-    fast = about["quality"] == "fast" and eight_bits(dtype, torch.device(device))
+    fast = about["quality"] == "fast" and eight_bits(dtype, device)
     program = program_of(network, dtype, 1, size, algorithms, packed, fast=fast)
     program.tabulate(about["times"])
     give_back([area])  # what packing by the library has read

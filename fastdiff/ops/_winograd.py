@@ -10,18 +10,23 @@ from fastdiff.ops import _fp8, _register
 
 _FOUR = (0.0, 0.5**0.5, -(0.5**0.5), 2**0.5, -(2**0.5))
 INTEGERS = "winograd4_int16"
-ALGORITHMS = ("direct", "winograd4", "winograd4_lean", INTEGERS, "winograd2", "fp8")
+SIX = "winograd6"
+ALGORITHMS = ("direct", "winograd4", "winograd4_lean", SIX, INTEGERS, "winograd2", "fp8")
 POINTS = {"winograd4": _FOUR, "winograd4_lean": _FOUR, INTEGERS: _FOUR, "winograd2": (0.0, 1.0, -1.0)}
+POINTS[SIX] = (0.0, 1.0, -1.0, 2.0, -2.0, 0.5, -0.5)  # its tiles of 4x4 have the first five
+FILTERS = {"winograd4_lean": (1.0, 0.5**0.5, 0.5), SIX: (1.0, 1.0, 1.0)}  # kept as they are, but for units
 EVEN = (1.0, 0.75, 0.75, 0.375, 0.375, 1.0)  # factors of the integers' rows of G, which make them of about one size
 SHARED = 64  # input channels that are summed as integers
 OPERAND = {
     "winograd4": torch.float32,
     "winograd4_lean": torch.float32,
+    SIX: torch.float32,
     INTEGERS: torch.int16,
     "winograd2": torch.bfloat16,
     "fp8": torch.float8_e4m3fn,
 }
-BLOCK = {"winograd4": 64, "winograd4_lean": 16, INTEGERS: 64, "winograd2": 64}  # output channels next to each other
+# output channels next to each other
+BLOCK = {"winograd4": 64, "winograd4_lean": 16, SIX: 16, INTEGERS: 64, "winograd2": 64}
 PACKING = 2  # of what `_pack` makes: raised when that changes, so that programs saved before are packed again
 UNIT = 16  # what the output channels of the last block are a multiple of
 
@@ -33,8 +38,8 @@ def at_points(points: tuple[float, ...]) -> torch.Tensor:
 
 def _kept(algorithm):
     """What is kept of a filter g is K g K^T: its values at the points, or g in units in which they are 0, +-1, +-2."""
-    if algorithm == "winograd4_lean":
-        return torch.tensor([1.0, 0.5**0.5, 0.5], dtype=torch.float64).diag()
+    if algorithm in FILTERS:
+        return torch.tensor(FILTERS[algorithm], dtype=torch.float64).diag()
     g = at_points(POINTS[algorithm])
     return torch.tensor(EVEN, dtype=torch.float64)[:, None] * g if algorithm == INTEGERS else g
 
@@ -43,11 +48,13 @@ def packed_shape(weight: torch.Tensor, algorithm: str) -> tuple[int, ...]:
     """[values kept of a filter, I, O]; I is even for 16-bit types, whose products take two input channels at once.
 
     winograd4_int16: [1, 1, values I O + 2 O + 2 I]; behind the integers a float32 for each O, their unit, and for each I,
-    the factor of its pixels.
+    the factor of its pixels. winograd6: [1, values I, O], so that winograd4_lean's, in other units, are told from them.
     """
     if algorithm == "fp8":
         return _fp8.packed_shape(weight)
     values, inputs, outputs = _sizes(weight, algorithm)
+    if algorithm == SIX:
+        return 1, values * inputs, outputs
     return (1, 1, values * inputs * outputs + 2 * (outputs + inputs)) if algorithm == INTEGERS else (values, inputs, outputs)
 
 
@@ -85,7 +92,7 @@ def _unit(u: torch.Tensor) -> torch.Tensor:
 def _pack(weight, algorithm, transposed):
     """direct: as it is. fp8: see there. Winograd: blocks of output channels, padded with zeros, rounded once.
 
-    winograd4, winograd4_int16, winograd2: [values, I / step, BLOCK, step]. winograd4_lean: [I, values, BLOCK].
+    winograd4, winograd4_int16, winograd2: [values, I / step, BLOCK, step]. winograd4_lean, winograd6: [I, values, BLOCK].
     """
     check_algorithm(algorithm)
     weight = weight.transpose(0, 1).flip(2, 3) if transposed else weight
@@ -99,7 +106,7 @@ def _pack(weight, algorithm, transposed):
         if algorithm == INTEGERS:
             units.append(_unit(made))
             made = (made / units[-1]).round_()
-        made = made.transpose(0, 1) if algorithm == "winograd4_lean" else made.unflatten(1, (-1, step)).transpose(2, 3)
+        made = made.transpose(0, 1) if algorithm in FILTERS else made.unflatten(1, (-1, step)).transpose(2, 3)
         flat[at : at + made.numel()].view(made.shape).copy_(made)
         at += made.numel()
     if algorithm == INTEGERS:

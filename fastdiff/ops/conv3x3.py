@@ -16,7 +16,7 @@ from torch.nn import functional
 
 from fastdiff.ops import _fp8, _register
 from fastdiff.ops._layout import image
-from fastdiff.ops._winograd import ALGORITHMS, OPERAND, check_algorithm, packed_shape
+from fastdiff.ops._winograd import ALGORITHMS, INTEGERS, OPERAND, SIX, check_algorithm, packed_shape
 from fastdiff.ops.conv3x3_weight_gradient import conv3x3_weight_gradient
 from fastdiff.ops.group_norm_silu import _check as check_norm
 from fastdiff.ops.group_norm_silu import _jvp as norm_jvp
@@ -242,11 +242,12 @@ def conv3x3(
             made in every call, which costs more than it saves, but for "winograd4_lean": training packs its weights so.
         algorithm: "direct", or one of those that `conv3x3_algorithms(x.dtype, x.device)` names. "winograd4": F(4x4, 3x3),
             products in float32. "winograd4_lean": the same with weights that are transformed while they are used, which
-            take a quarter of the memory and of its bandwidth. "winograd4_int16": F(4x4, 3x3), products of 16-bit integers,
-            and "winograd2": F(2x2, 3x3), products of bfloat16, both for bfloat16 alone. "fp8": h and the weights rounded to
-            eight bits (E4M3), for GPUs; a norm is needed, and the error is some twenty times that of bfloat16. Named by the
-            caller, who keeps it: it does not depend on the batch. By Winograd's, y depends on neither batch nor threads, to
-            the bit.
+            take a quarter of the memory and of its bandwidth. "winograd6": tiles of 6x6 beside those of 4x4, for sides from
+            16 on, a sixth fewer products and twice the rounding, where there is AVX-512, for float32 alone.
+            "winograd4_int16": F(4x4, 3x3), products of 16-bit integers, and "winograd2": F(2x2, 3x3), products of bfloat16,
+            both for bfloat16 alone. "fp8": h and the weights rounded to eight bits (E4M3), for GPUs; a norm is needed, and
+            the error is some twenty times that of bfloat16. Named by the caller, who keeps it: it does not depend on the
+            batch. By Winograd's, y depends on neither batch nor threads, to the bit.
 
     Returns: (y, stats). y is like x with O channels. stats is None without stats_groups, else float32 (float64 for float64)
         mean and biased variance of y for `group_norm_silu(y, ..., stats=stats)`, taken before or after y is rounded to its
@@ -285,8 +286,8 @@ def conv3x3_pack(
 
     "direct": [O, I, 3, 3] as it is. "winograd4": float32, 4 times as many elements, "winograd4_int16": int16, as many, and
     "winograd2": bfloat16, 16/9 times; all transformed in float64 and rounded once, so pack the most precise weights there
-    are. "winograd4_lean": float32, as many elements as before. "fp8": E4M3 [O, 9 I + 16], a byte a weight and two float32
-    scales in each row. Shape and content may change with any release: pack at load, store weights.
+    are. "winograd4_lean" and "winograd6": float32, as many elements as before. "fp8": E4M3 [O, 9 I + 16], a byte a weight
+    and two float32 scales in each row. Shape and content may change with any release: pack at load, store weights.
     transposed: the weights, [I, O, 3, 3] and turned by half a turn, of the convolution that carries dy back to dx.
     norm: for "fp8" alone: the norm in front, whose weight and bias say how large h is; by default weights of about 1.
     """
@@ -311,9 +312,12 @@ def conv3x3_algorithms(dtype: torch.dtype, device: str | torch.device = "cpu") -
         return ("direct",)
     from fastdiff import _C
 
-    if dtype != torch.bfloat16 or _C.isa() == "baseline":
-        return ALGORITHMS[:3]
-    return ALGORITHMS[:5] if _C.isa() == "avx512_bf16" else ALGORITHMS[:4]
+    served = ["direct", "winograd4", "winograd4_lean"]
+    if dtype == torch.float32:
+        served += [SIX] * _C.isa().startswith("avx512")
+    elif dtype == torch.bfloat16:
+        served += [INTEGERS] * (_C.isa() != "baseline") + ["winograd2"] * (_C.isa() == "avx512_bf16")
+    return tuple(served)
 
 
 def _served(algorithm, x, weight, norm, packed):

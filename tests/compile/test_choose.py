@@ -65,14 +65,23 @@ def test_many_weights_must_pay(clock, monkeypatch, seconds, expected):
     assert set(program.algorithms.values()) == {expected}
 
 
-@pytest.mark.parametrize(("isa", "outputs", "both"), [("avx512", 64, False), ("avx512", 32, True), ("avx2", 64, True)])
-def test_what_is_measured(monkeypatch, isa, outputs, both):
+@pytest.mark.parametrize(
+    ("isa", "outputs", "side", "more"),
+    [
+        ("avx512", 64, 16, ["winograd6"]),
+        ("avx512", 64, 8, []),
+        ("avx512", 32, 8, ["winograd4"]),
+        ("avx512", 32, 32, ["winograd6", "winograd4"]),
+        ("avx2", 64, 32, ["winograd4"]),
+    ],
+)
+def test_what_is_measured(monkeypatch, isa, outputs, side, more):
     """Weights four times as large only where they can win: few registers, or few output channels for several threads."""
-    names = ["library", "winograd4_lean", "winograd4"]
+    names = ["library", "winograd4_lean", *["winograd6"] * (isa == "avx512"), "winograd4"]
     monkeypatch.setattr(choose, "candidates", lambda step, dtype: names)
     monkeypatch.setattr(choose.ops, "native", lambda: f"native code for {isa} (cpu)")
     step = choose.Conv3x3(0, "conv", 0, torch.zeros(outputs, 8, 3, 3), torch.zeros(outputs))
-    assert choose.worth_measuring(step, torch.float32) == (names if both else names[:2])
+    assert choose.worth_measuring(step, torch.float32, (side, 2 * side)) == [*names[:2], *more]
 
 
 def test_given_choices_are_not_measured(clock):

@@ -158,13 +158,14 @@ def test_capture_finds_what_warming_up_measured(monkeypatch):
         "current_stream": lambda device: stream,
         "stream": lambda stream: entered("warming up"),
         "CUDAGraph": lambda: graph,
-        "graph": lambda graph, pool: entered(f"capture in the {pool}"),
+        "device": lambda device: contextlib.nullcontext(),
+        "graph": lambda graph, pool, stream, capture_error_mode: entered(f"{capture_error_mode} in the {pool}"),
     }.items():
         monkeypatch.setattr(torch.cuda, name, stand_in)
     measured = torch.backends.cudnn.benchmark
     replay = CudaGraphs(torch.device("cuda")).record(
         lambda: events.append(f"measuring: {torch.backends.cudnn.benchmark}"), lambda: events.append("reset")
     )
-    begun, ended = ["warming up", "measuring: True", "reset", "warming up ends"], ["capture in the pool ends", "reset"]
-    assert events == [*begun, "capture in the pool", "measuring: True", *ended]
+    begun, ended = ["warming up", "measuring: True", "reset", "warming up ends"], ["thread_local in the pool ends", "reset"]
+    assert events == [*begun, "thread_local in the pool", "measuring: True", *ended]
     assert replay == graph.replay and torch.backends.cudnn.benchmark == measured

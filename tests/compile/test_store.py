@@ -63,7 +63,7 @@ def test_weights_stay_the_callers(saved):
     assert path.read_bytes() == before
 
 
-ELSEWHERE = {"machine": lambda: {"fastdiff": "9.9", "native": "other"}, "PACKING": 0}
+ELSEWHERE = {"machine": lambda device: {"fastdiff": "9.9", "native": "other"}, "PACKING": 0}
 
 
 @pytest.mark.parametrize("what", ELSEWHERE)
@@ -103,6 +103,7 @@ DAMAGE = {
     "size": lambda p: p.update(size="large"),
     "times": lambda p: p.update(times=["a"]),
     "algorithms": lambda p: p.update(algorithms=7),
+    "attention": lambda p: p.update(attention=7),
 }
 
 

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from test_conv3x3_winograd import matrices, tolerance
 from torch.nn import functional
+from winograd_error import matrices, tolerance
 
 from fastdiff.ops import conv3x3, conv3x3_algorithms
 

@@ -2,8 +2,9 @@
 
 import pytest
 import torch
-from test_conv3x3_winograd import SHAPES, matrices
+from test_conv3x3_winograd import SHAPES
 from torch.nn import functional
+from winograd_error import matrices
 
 from fastdiff import ops
 from fastdiff.ops import conv3x3_weight_gradient
