@@ -27,8 +27,8 @@ inline bool dependent_wanted() {
   return wanted;
 }
 
-// Whether the code of `kernel` that runs on the current device waits in begin(). Its own version tells, not the device's: where
-// it was built for sm_80 alone, as PTX, it runs on every later GPU too.
+// Whether the code of `kernel` that runs on the current device waits in begin(). Its own version tells, not the device's:
+// where it was built for sm_80 alone, as PTX, it runs on every later GPU too.
 template <auto kernel> cudaError_t waits(bool& answer) {
   constexpr int most = 64;
   static std::atomic<int> versions[most];  // by device; 0: not asked yet
@@ -73,7 +73,7 @@ template <auto kernel, class... Arguments> cudaError_t launch(const Launch& l, c
   return cudaLaunchKernelEx(&config, kernel, arguments...);
 }
 
-// What the bridge raises: an error's text, or null. The runtime forgets the error, which the next to ask would take for its own.
+// What the bridge raises: an error's text, or null. The runtime forgets it, or the next to ask would take it for its own.
 inline const char* text_of(cudaError_t error) {
   if (error == cudaSuccess) return nullptr;
   cudaGetLastError();
