@@ -37,7 +37,7 @@ inline void conv3x3_nested(const Conv3x3&) {}  // refused before: 24 sums take 3
 
 #include "cpu/conv3x3_nested_product.h"
 
-constexpr int64_t kSummed = 64;        // channels summed in registers
+constexpr int64_t kSummed = 32;        // channels summed in registers
 constexpr int64_t kSlabPoints = 2304;  // of a slab, at least a row of tiles: V stays near L2
 constexpr int kPoints = 8;             // in one dimension
 
