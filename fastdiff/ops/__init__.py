@@ -5,10 +5,11 @@ says `torch.ops.fastdiff`.
 """
 
 from fastdiff.ops import _register
+from fastdiff.ops._conv3x3_weights import Norm, conv3x3_algorithms, conv3x3_pack
 from fastdiff.ops._register import overload
 from fastdiff.ops._serving import Served, implementations, native, served
 from fastdiff.ops.add_noise import add_noise
-from fastdiff.ops.conv3x3 import Norm, conv3x3, conv3x3_algorithms, conv3x3_pack
+from fastdiff.ops.conv3x3 import conv3x3
 from fastdiff.ops.conv3x3_weight_gradient import conv3x3_weight_gradient
 from fastdiff.ops.denoise_step import denoise_step
 from fastdiff.ops.embedding import embedding, frequencies

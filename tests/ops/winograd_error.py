@@ -96,12 +96,12 @@ def tolerance(algorithm, dtype, h, weight, out_scale, largest):
 
     winograd2 rounds both operands of every product to bfloat16. winograd4's float32 operands come from up to four
     operations each, and a sum of I products rounds as often again as its partial sums are large: sqrt(I) / 2 on average.
-    winograd6: as winograd4 on 64 channels at a time, then on these sums. winograd4_int16: its own roundings to integers, and
+    winograd6: as winograd4 on 32 channels at a time, then on these sums. winograd4_int16: its own roundings to integers, and
     before and after them as winograd4.
     """
     terms = weight.shape[1]
     if algorithm == "winograd6":
-        terms = min(terms, 64) + terms / 64
+        terms = min(terms, 32) + terms / 32
     deviation = by_tiles(h, weight, algorithm, squared=True).sqrt().max().item()
     integers = 6 * integer_deviation(h, weight) * abs(out_scale) if algorithm == "winograd4_int16" else 0
     if algorithm == "winograd2":
