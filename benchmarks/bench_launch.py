@@ -75,6 +75,13 @@ def conv3x3_pack(device):
     return lambda: ops.conv3x3_pack(w, "winograd4_lean"), lambda: w.permute(1, 2, 3, 0).contiguous(), "contiguous"
 
 
+def conv1x1(device):
+    x = torch.randn(1, 16, 4, 4, device=device).contiguous(memory_format=torch.channels_last)
+    w, b = torch.randn(16, 16, device=device), torch.randn(16, device=device)
+    packed, weight = ops.conv1x1_pack(w), w[..., None, None]
+    return lambda: ops.conv1x1(x, packed, b), lambda: torch.nn.functional.conv2d(x, weight, b), "conv2d"
+
+
 def conv3x3_weight_gradient(device):
     x, w = torch.zeros(1, 8, 4, 4, device=device), torch.zeros(8, 8, 3, 3, device=device)
     rest = (None, [1, 1], [1, 1], [1, 1], False, [0, 0], 1, [False, True, False])
@@ -96,7 +103,7 @@ CASES = {
     fn.__name__: fn
     for fn in (
         philox_normal, add_noise, schedule_coefficients, denoise_step, langevin_step, group_norm_silu, group_norm_attention,
-        conv3x3, conv3x3_pack, conv3x3_weight_gradient, resample, embedding,
+        conv3x3, conv3x3_pack, conv3x3_weight_gradient, conv1x1, resample, embedding,
     )
 }  # fmt: skip
 

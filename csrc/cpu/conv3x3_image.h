@@ -3,10 +3,6 @@
 
 constexpr int64_t kVectorsIn = 2;  // vectors of channels that are normalised at once
 
-FD_INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
-FD_INLINE int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
-FD_INLINE int64_t parts(int64_t n, int64_t of) { return (n + of - 1) / of; }
-
 template <class T_, class Op_> struct Images {
   typedef T_ T;
   typedef Op_ Op;

@@ -1,6 +1,10 @@
 // The products behind Winograd's transforms: rows of pixels' tiles times a panel of packed weights, lanes are output
 // channels. Include inside a kernel file, after simd.h. A sum's order depends on its length alone.
 
+FD_INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+FD_INLINE int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
+FD_INLINE int64_t parts(int64_t n, int64_t of) { return (n + of - 1) / of; }
+
 constexpr int64_t kDepth = 256;  // words summed in registers: a panel of so many rows stays in L2
 constexpr int64_t kShared = 64;  // channels that are summed as integers, in one unit
 constexpr int64_t kSome = 64;    // words of which filters are evaluated together, see Evaluated

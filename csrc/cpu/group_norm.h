@@ -45,12 +45,6 @@ void run_stages(const Stages& s, const First& first, const Finish& finish, const
   });
 }
 
-// f(0), ..., f(M - 1) unrolled before GCC decides what lives in registers: a loop leaves arrays of vectors on the stack.
-template <int M, class F> FD_INLINE void each(const F& f) {
-  [&]<int... j>(std::integer_sequence<int, j...>) __attribute__((always_inline)) { (f(j), ...); }
-  (std::make_integer_sequence<int, M>{});
-}
-
 constexpr int64_t aligned(int64_t bytes) { return (bytes + 63) / 64 * 64; }
 
 FD_INLINE double or_zero(const double* p, int64_t i) { return p ? p[i] : 0; }

@@ -24,6 +24,12 @@ template <> struct Simd<float> { typedef vf V; static constexpr int N = W; };
 template <> struct Simd<double> { typedef vd V; static constexpr int N = W / 2; };
 template <class A> using Vec = typename Simd<A>::V;
 
+// f(0), ..., f(M - 1) unrolled before GCC decides what lives in registers: a loop leaves arrays of vectors on the stack.
+template <int M, class F> FD_INLINE void each(const F& f) {
+  [&]<int... j>(std::integer_sequence<int, j...>) __attribute__((always_inline)) { (f(j), ...); }
+  (std::make_integer_sequence<int, M>{});
+}
+
 template <class V, class A> FD_INLINE V splat(A a) { return a - V{}; }
 
 FD_INLINE vf fma(vf a, vf b, vf c) {

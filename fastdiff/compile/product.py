@@ -1,4 +1,6 @@
-"""Small convolutions on CPUs as products of matrices: oneDNN takes 50 us to find its code, for every image anew."""
+"""Convolutions on CPUs as products of matrices: small ones by BLAS, since oneDNN takes 50 us to find its code, for every
+image anew; other 1x1 ones by `ops.conv1x1`.
+"""
 
 from collections.abc import Callable
 
@@ -6,8 +8,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from fastdiff import ops
 from fastdiff.compile.library import LibraryConvolution
 
+CONV1X1 = ops.overload("conv1x1")
 SMALL = 6e6  # operations for an image, below which a product is faster
 ALIGNED = 16  # channels in 64 bytes: BLAS may sum in another order where an image begins elsewhere
 
@@ -38,12 +42,25 @@ class Product:
         return y.view(n, h, w, outputs).permute(0, 3, 1, 2)
 
 
+class Projection:
+    """A 1x1 convolution of float32 images by `ops.conv1x1`."""
+
+    def __init__(self, weight: Tensor, bias: Tensor):
+        self.packed, self.bias = ops.conv1x1_pack(weight.flatten(1)), bias.to(weight.dtype).contiguous()
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return CONV1X1(x, self.packed, self.bias)
+
+
 def convolution(
     weight: Tensor, bias: Tensor, size: tuple[int, int], stride: int = 1, padding: int = 1
 ) -> Callable[[Tensor], Tensor]:
-    """The faster of the two for images of about `size`."""
+    """The fastest for images of about `size`."""
     operations = 2 * weight.numel() * (size[0] // stride) * (size[1] // stride)
     aligned = not any(channels % ALIGNED for channels in weight.shape[:2])
-    if weight.device.type == "cpu" and weight.dtype == torch.float32 and aligned and operations <= SMALL:
-        return Product(weight, bias, stride, padding)
+    if weight.device.type == "cpu" and weight.dtype == torch.float32 and aligned:
+        if operations <= SMALL:
+            return Product(weight, bias, stride, padding)
+        if weight.shape[2:] == (1, 1) and (stride, padding) == (1, 0) and ops.conv1x1_serves():
+            return Projection(weight, bias)
     return LibraryConvolution(weight, bias, size, stride, padding)

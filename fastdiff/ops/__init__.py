@@ -9,6 +9,7 @@ from fastdiff.ops._conv3x3_weights import Norm, conv3x3_algorithms, conv3x3_pack
 from fastdiff.ops._register import overload
 from fastdiff.ops._serving import Served, implementations, native, served
 from fastdiff.ops.add_noise import add_noise
+from fastdiff.ops.conv1x1 import conv1x1, conv1x1_pack, conv1x1_serves
 from fastdiff.ops.conv3x3 import conv3x3
 from fastdiff.ops.conv3x3_weight_gradient import conv3x3_weight_gradient
 from fastdiff.ops.denoise_step import denoise_step
@@ -38,6 +39,9 @@ __all__ = [
     "Norm",
     "Served",
     "add_noise",
+    "conv1x1",
+    "conv1x1_pack",
+    "conv1x1_serves",
     "conv3x3",
     "conv3x3_algorithms",
     "conv3x3_pack",

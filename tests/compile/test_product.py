@@ -11,7 +11,7 @@ from torch.nn import functional
 
 from fastdiff.compile import library
 from fastdiff.compile.library import LibraryConvolution
-from fastdiff.compile.product import SMALL, Product, convolution
+from fastdiff.compile.product import SMALL, Product, Projection, convolution
 
 try:
     from fastdiff import _C
@@ -40,7 +40,8 @@ def test_values_and_bits(kind, inputs, outputs, size):
     exact = functional.conv2d(x.double(), weight.double(), bias.double(), stride, padding)
     terms = 1 + inputs * kernel * kernel  # each rounded, in any order
     bound = functional.conv2d(x.double().abs(), weight.double().abs(), bias.double().abs(), stride, padding)
-    for found in (y, library(x)):
+    others = [Projection(weight, bias)] if (kind, outputs % 16) == ("1x1", 0) else []
+    for found in (y, library(x), *(other(x) for other in others)):
         assert found.shape == exact.shape and ((found - exact).abs() <= terms * 2**-24 * bound).all()
     assert y.is_contiguous(memory_format=torch.channels_last)
     for first, count in ((0, 1), (1, 3), (4, 1)) if outputs > 1 else ():
@@ -54,11 +55,21 @@ def _library(size):
 
 
 def test_which_are_small():
-    """Decided by the shape alone; other types, and channels that leave images unaligned, have the library's."""
+    """Decided by the shape alone; other types, and channels that leave images unaligned, have the library's.
+
+    Large ones of 1x1 have a kernel of ours where it is built.
+    """
     weight, bias = torch.ones(64, 64, 1, 1), torch.zeros(64)
     edge = int((SMALL / (2 * 64 * 64)) ** 0.5)
     assert isinstance(convolution(weight, bias, (edge, edge), 1, 0), Product)
-    assert isinstance(convolution(weight, bias, (edge + 1, edge + 1), 1, 0), LibraryConvolution)
+    large = Projection if _C else LibraryConvolution
+    assert isinstance(convolution(weight, bias, (edge + 1, edge + 1), 1, 0), large)
+    for other in (
+        (weight, bias, (99, 99), 2, 0),
+        (torch.ones(64, 64, 3, 3), bias, (99, 99)),
+        (weight[:24], bias[:24], (99, 99), 1, 0),
+    ):
+        assert isinstance(convolution(*other), LibraryConvolution)
     assert isinstance(convolution(weight.bfloat16(), bias, (edge, edge), 1, 0), LibraryConvolution)
     assert isinstance(convolution(weight[:24], bias[:24], (4, 4), 1, 0), LibraryConvolution)
     assert isinstance(convolution(weight, bias, (2 * edge, 2 * edge), 2, 0), Product)
