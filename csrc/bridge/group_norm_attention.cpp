@@ -13,7 +13,7 @@ std::tuple<Tensor, Tensor> group_norm_attention_cpu(const Tensor& x_, const Tens
   GroupNormAttention a{};
   GroupNormSilu& g = a.norm;
   Tensor x = x_;
-  STD_TORCH_CHECK(x.dim() >= 2, "x: expected [N, C, ...]");
+  STD_TORCH_CHECK(x.dim() >= 2 && x.size(1) >= 1, "x: expected [N, C, ...] with C >= 1");
   g.n = x.size(0), g.c = x.size(1), g.s = spatial(x), g.groups = groups, g.eps = eps, g.given_stats = stats.has_value();
   STD_TORCH_CHECK(groups >= 1 && g.c % groups == 0, "groups: ", groups, " does not divide the ", g.c, " channels of x");
   STD_TORCH_CHECK(out_weight.dim() == 2, "out_weight: expected [C, E]");

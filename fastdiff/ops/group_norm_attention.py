@@ -255,6 +255,8 @@ def group_norm_attention(
 def _check(x, norm_weight, norm_bias, groups, qkv_weight, qkv_bias, out_weight, out_bias, heads, eps, stats):
     _check_norm(x, None, None, groups, eps, None, None, None, stats)
     c = x.shape[1]
+    if not c:
+        raise ValueError(f"x: {tuple(x.shape)} has no channels; expected [N, C, ...] with C >= 1")
     if out_weight.dim() != 2 or out_weight.shape[0] != c or not out_weight.shape[1]:
         raise ValueError(f"out_weight: {tuple(out_weight.shape)} does not fit x {tuple(x.shape)}; expected [{c}, E]")
     e = out_weight.shape[1]

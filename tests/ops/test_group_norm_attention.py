@@ -372,6 +372,7 @@ def good():
         ("qkv_weight", torch.zeros(12, 8, 1, 1), "qkv_weight: .*expected \\(12, 8\\)"),
         ("qkv_bias", torch.zeros(4), "qkv_bias: .*expected \\(12,\\)"),
         ("qkv_bias", torch.zeros(12, dtype=torch.int32), "qkv_bias: expected a floating-point"),
+        ("x", torch.zeros(2, 0, 3), "x: \\(2, 0, 3\\) has no channels"),
         ("out_weight", torch.zeros(4, 8), "out_weight: .*expected \\[8, E\\]"),
         ("out_weight", torch.zeros(8, 0), "out_weight: .*expected \\[8, E\\]"),
         ("out_bias", torch.zeros(9), "out_bias: .*expected \\(8,\\)"),
@@ -386,7 +387,15 @@ def test_errors_name_the_argument(name, value, message):
 
 @pytest.mark.parametrize(
     "index, value",
-    [(0, torch.zeros(3)), (3, 3), (5, torch.zeros(3, 8)), (7, torch.zeros(8)), (9, 3), (12, torch.zeros(2, 9, 2))],
+    [
+        (0, torch.zeros(3)),
+        (0, torch.zeros(2, 0, 3)),
+        (3, 3),
+        (5, torch.zeros(3, 8)),
+        (7, torch.zeros(8)),
+        (9, 3),
+        (12, torch.zeros(2, 9, 2)),
+    ],
 )
 def test_the_kernel_checks_too(isa, index, value):
     args = inputs(2, 8, 4, 2, 4, (3, 3))
