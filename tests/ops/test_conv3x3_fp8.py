@@ -7,7 +7,7 @@ import torch
 from test_conv3x3 import make
 from torch.nn import functional
 
-from fastdiff.ops import Norm, _fp8, _register, conv3x3, conv3x3_algorithms, conv3x3_pack, group_norm_silu
+from fastdiff.ops import Norm, _conv3x3_weights, _fp8, _register, conv3x3, conv3x3_algorithms, conv3x3_pack, group_norm_silu
 
 module = sys.modules["fastdiff.ops.conv3x3"]
 # Every finite E4M3 number >= 0, by its definition: 2^-6 ... 2^8 with 3 bits behind the point, below them steps of 2^-9.
@@ -141,7 +141,7 @@ def test_refusals(monkeypatch):
     x, weight, _, *norm, _, _, _, packed, _ = arguments((2, 16, 24, 8, 8))
     with pytest.raises(ValueError, match=r"algorithm: 'fp8' is not served for torch.bfloat16 on cpu; use direct or"):
         conv3x3(x, weight, norm=Norm(*norm), packed=packed, algorithm="fp8")
-    monkeypatch.setattr(module, "conv3x3_algorithms", lambda dtype, device: ("direct", "fp8"))
+    monkeypatch.setattr(_conv3x3_weights, "conv3x3_algorithms", lambda dtype, device: ("direct", "fp8"))
     with pytest.raises(ValueError, match="norm: 'fp8' rounds what a norm gives"):
         conv3x3(x, weight, packed=packed, algorithm="fp8")
     with pytest.raises(ValueError, match=r"packed: .* is not what conv3x3_pack.*fp8.* pack again"):
