@@ -148,8 +148,8 @@ def test_conv3x3(compare, missing, case):
         "compile": compiled(x, weight, bias, norm),
         "bmm": products(x, weight, algorithm),
     }
-    if "winograd2" in served:
-        variants["winograd2"] = ours("winograd2", x, weight, bias, norm._replace(stats=known))
+    for other in {"winograd2", "winograd6"}.intersection(served):
+        variants[other] = ours(other, x, weight, bias, norm._replace(stats=known))
     skipped = {"ncnn": "it takes one image"} if n > 1 else {"ncnn": missing("ncnn")} if missing("ncnn") else {}
     if not skipped:
         variants["ncnn"] = ncnn(x, weight, bias)

@@ -67,8 +67,9 @@ template <class T, class Scheme_, class Op_> struct Winning : Results<T, Scheme_
       const int vectors = static_cast<int>(least(Op::kVectors, (block - o) / W));
       for (int64_t i = 0; i < runs; ++i, ++call) {
         const int64_t t = i * tiles / runs, count = (i + 1) * tiles / runs - t;
-        multiply_of<Op>(static_cast<int>(count), vectors)(from + t * row, row, u + o, block, depth, m + t * block + o, block,
-                                                          k > 0, scale + t, ahead + call * depth * stride, stride);
+        float* to = m + t * block + o;
+        multiply_of<Op>(static_cast<int>(count), vectors)(from + t * row, row, u + o, block, depth, k ? to : nullptr, block, to,
+                                                          block, scale + t, ahead + call * depth * stride, stride);
       }
     }
   }

@@ -1,5 +1,5 @@
-// The products behind Winograd's transforms: rows of pixels' tiles times a panel of packed weights, lanes are output
-// channels. Include inside a kernel file, after simd.h. A sum's order depends on its length alone.
+// The products behind Winograd's transforms, and of conv1x1: rows of tiles or pixels times a panel of packed weights, lanes are
+// output channels. Include inside a kernel file, after simd.h. A sum's order depends on its length alone.
 
 FD_INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 FD_INLINE int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
@@ -78,18 +78,18 @@ struct Shorts : Floats {
 };
 #endif
 
-// m [R rows, J vectors] = v [R, words] u [words, J vectors], or m += that; strides in floats, all words of 4 bytes. Sums of
-// integers are multiplied by `scale` [R], others have none.
+// m [R rows, J vectors] = v [R, words] u [words, J vectors], plus `from` where it is not null: m itself, or one row for all;
+// strides in floats, all words of 4 bytes. Sums of integers are multiplied by `scale` [R], others have none.
 // Touches what lies from `ahead` on for L2, `ahead_stride` floats further at each word.
 template <class Op, int R, int J>
 __attribute__((noinline)) void multiply(const float* v, int64_t v_stride, const float* u, int64_t u_stride, int64_t words,
-                                        float* m, int64_t m_stride, bool more, const float* scale,
-                                        const float* ahead, int64_t ahead_stride) {
+                                        const float* from, int64_t from_stride, float* m, int64_t m_stride,
+                                        const float* scale, const float* ahead, int64_t ahead_stride) {
   typedef typename Op::Sum Sum;
   Sum sum[R][J];
-  if (!Op::kScaled && more) each<R>([&](int r) __attribute__((always_inline)) {
+  if (!Op::kScaled && from) each<R>([&](int r) __attribute__((always_inline)) {
     each<J>([&](int j) __attribute__((always_inline)) {
-      sum[r][j] = reinterpret_cast<Sum>(load(m + r * m_stride + j * W));
+      sum[r][j] = reinterpret_cast<Sum>(load(from + r * from_stride + j * W));
     });
   });
   else each<R>([&](int r) __attribute__((always_inline)) {
@@ -109,14 +109,14 @@ __attribute__((noinline)) void multiply(const float* v, int64_t v_stride, const 
       float* to = m + r * m_stride + j * W;
       if constexpr (Op::kScaled) {
         const vf s = __builtin_convertvector(sum[r][j], vf), by = splat<vf>(scale[r]);
-        store(to, more ? fma(s, by, load(to)) : s * by);
+        store(to, from ? fma(s, by, load(from + r * from_stride + j * W)) : s * by);
       } else store(to, sum[r][j]);
     });
   });
 }
 
-typedef void (*Multiply)(const float*, int64_t, const float*, int64_t, int64_t, float*, int64_t, bool, const float*,
-                         const float*, int64_t);
+typedef void (*Multiply)(const float*, int64_t, const float*, int64_t, int64_t, const float*, int64_t, float*, int64_t,
+                         const float*, const float*, int64_t);
 
 // The kernels by vectors and rows, both from 1 on.
 template <class Op, int... i> constexpr auto kernels_of(std::integer_sequence<int, i...>) {
