@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from fastdiff.nn import Dropout
+from fastdiff.layers import Dropout
 from fastdiff.training.losses.base import same_dropout
 
 

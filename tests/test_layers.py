@@ -24,7 +24,7 @@ FLOORS = [
     {"plan", "samplers", "unet", "checkpoints"},
     {"evaluation"},
     {"denoiser", "nn", "stepwise"},
-    {"schedules", "unet_config", "flags"},
+    {"schedules", "unet_config", "flags", "layers"},
     {"ops"},
     {"kernels", "_C", "version", "atomic", "cache", "modules"},
 ]

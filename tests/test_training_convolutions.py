@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch.nn import functional
 
-from fastdiff import nn, ops
-from fastdiff.nn import TRAINING, Conv2d
+from fastdiff import layers, ops
+from fastdiff.layers import TRAINING, Conv2d
 
 pytestmark = pytest.mark.skipif(len(ops.conv3x3_algorithms(torch.float32)) == 1, reason="fastdiff._C is not built")
 
@@ -77,10 +77,10 @@ def test_under_autocast(called, given, monkeypatch):
         errors = [((a.double() - b).norm() / b.norm()).item() for a, b in zip(got, exact, strict=True)]
         return [t.dtype for t in got], errors
 
-    monkeypatch.setattr(nn, "MATRIX_UNIT", True)
+    monkeypatch.setattr(layers, "MATRIX_UNIT", True)
     types, errors = measured()
     assert not called
-    monkeypatch.setattr(nn, "MATRIX_UNIT", False)
+    monkeypatch.setattr(layers, "MATRIX_UNIT", False)
     assert measured()[0] == types
     assert called == [TRAINING]
     assert all(mine <= 1.1 * library for mine, library in zip(measured()[1], errors, strict=True))

@@ -13,7 +13,8 @@ from torch.nn import functional
 
 import fastdiff
 from fastdiff import UNet, UNetConfig, schedules
-from fastdiff.nn import GroupNormSiLU, _initialise
+from fastdiff.layers import initialise
+from fastdiff.nn import GroupNormSiLU
 
 NETS = {
     "ddpm-cifar10": UNetConfig(dropout=0.0),
@@ -135,7 +136,7 @@ def _network(net: str) -> UNet:
     network = UNet(NETS[net])
     for module in network.modules():
         if isinstance(module, (nn.Conv2d, nn.Linear)) and not module.weight.any():
-            _initialise(module)
+            initialise(module)
     return network.eval().requires_grad_(False)
 
 
